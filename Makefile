@@ -1,0 +1,18 @@
+.PHONY: style quality test slow bench
+
+style:
+	ruff check --fix .
+	ruff format .
+
+quality:
+	ruff check .
+	ruff format --check .
+
+test:
+	python -m pytest -m "not slow and not gpu"
+
+slow:
+	python -m pytest -m "slow and not gpu"
+
+bench:
+	python benchmarks/benchmark_spatial_range_attention.py

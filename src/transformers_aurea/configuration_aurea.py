@@ -1,0 +1,360 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of Aurea: two vision encoders, their fusion, and the decoder that reads it.
+
+The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_config`), DINOv2 giant with registers
+(`spatial_vision_config`), four stages of spatial-range attention (`fusion_config`) and Phi-4-mini (`text_config`).
+Any decoder LM and any vision encoder that transformers knows may take a part's place.
+"""
+
+import inspect
+from functools import lru_cache
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+# `long_factor` of microsoft/Phi-4-mini-instruct. Aurea was trained with it at every length, hence it stands for the
+# short one as well.
+_LONG_FACTOR = [
+    *[1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898],
+    *[2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424],
+    *[6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252],
+    *[16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23],
+    *[32.6, 32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77],
+]
+
+_SIGLIP2_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+
+_DINOV2_GIANT = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 24,
+    "image_size": 518,
+    "patch_size": 14,
+    "use_swiglu_ffn": True,
+}
+
+_PHI4_MINI = {
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+        "factor": 32.0,
+        "short_factor": _LONG_FACTOR,
+        "long_factor": _LONG_FACTOR,
+    },
+    "bos_token_id": 199999,
+    "eos_token_id": 199999,
+    "pad_token_id": 199999,
+    "tie_word_embeddings": True,
+}
+
+# Every folder that holds an Aurea is loadable by each of these with `trust_remote_code=True`.
+_AUTO_MAP = {
+    "AutoConfig": "configuration_aurea.AureaConfig",
+    "AutoModel": "modeling_aurea.AureaModel",
+    "AutoModelForImageTextToText": "modeling_aurea.AureaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aurea.AureaForConditionalGeneration",
+    "AutoProcessor": "processing_aurea.AureaProcessor",
+    "AutoImageProcessor": "image_processing_aurea.AureaImageProcessor",
+}
+
+
+@strict
+class AureaFusionConfig(PreTrainedConfig):
+    r"""
+    Settings of the fusion of the two feature maps.
+
+    Args:
+        fusion_type (`str`, *optional*, defaults to `"spatial_range"`):
+            `"spatial_range"`, the published stack of spatial-range attention layers, or `"concat"`, the plain
+            concatenation of the two encoders' channels.
+        depth (`int`, *optional*, defaults to 4):
+            Stages in each of the two stacks; a stage is two attention layers.
+        radius (`int`, *optional*, defaults to 3):
+            Radius, in patches, of the neighbourhood a patch attends to: `(2 * radius + 1)²` neighbours. The patch grid
+            must be larger than it.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the layer norms on the encoders' features.
+    """
+
+    model_type = "aurea_fusion"
+    base_config_key = "fusion_config"
+
+    fusion_type: Literal["spatial_range", "concat"] = "spatial_range"
+    depth: int = 4
+    radius: int = 3
+    layer_norm_eps: float = 1e-5
+
+    def items(self):
+        """Nothing: `from_pretrained` takes a config's `fusion_config` for a mapping of kernels to patch in."""
+        return iter(())
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if self.depth < 1:
+            raise ValueError(f"`fusion_config.depth` must be at least 1, got {self.depth}.")
+        if self.radius < 1:
+            raise ValueError(f"`fusion_config.radius` must be at least 1, got {self.radius}.")
+
+
+@strict
+class AureaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`AureaModel`] and [`AureaForConditionalGeneration`].
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to SigLIP2 so400m/14 at 224 px):
+            The semantic encoder, which sees view 0 of `pixel_values`.
+        spatial_vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to DINOv2 giant with registers):
+            The spatial encoder, which sees view 1.
+        text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Phi-4-mini):
+            The language model, a decoder whose `forward` hands keyword arguments on to its layers.
+        fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
+            How the two feature maps become one.
+        vision_image_size (`int` or `list[int]`, *optional*, defaults to `vision_config.image_size`):
+            Side, or height and width, in pixels of view 0.
+        spatial_vision_image_size (`int` or `list[int]`, *optional*):
+            Side, or height and width, in pixels of view 1; by default the size that gives both encoders the same grid
+            of patches.
+        cross_attention_layers (`list[int]`, *optional*):
+            The decoder layers before which a cross-attention block stands; the number of layers itself means a closing
+            block after the last one. By default every second layer from 0 on, and the closing block (published rule).
+        cross_attention_num_heads (`int`, *optional*, defaults to the text model's):
+            Attention heads of a cross-attention block.
+        cross_attention_num_key_value_heads (`int`, *optional*, defaults to the text model's):
+            Key/value heads of a cross-attention block.
+        cross_attention_head_dim (`int`, *optional*, defaults to the text model's):
+            Width of a head.
+        cross_attention_intermediate_size (`int`, *optional*, defaults to `int(8 / 3 * hidden_size)`):
+            Width of the gated MLP of a cross-attention block.
+        cross_attention_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of the RMS norms of a cross-attention block.
+        projector_hidden_size (`int`, *optional*, defaults to four times the fusion's output):
+            Inner width of the projector.
+        image_token_id (`int`, *optional*, defaults to 200010):
+            Id of the placeholder of which the text holds one per picture. A converted checkpoint has its tokenizer's.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights of everything that is not an encoder or the language model.
+        tie_word_embeddings (`bool`, *optional*, defaults to the text model's):
+            Whether the language modelling head shares the input embeddings' weight.
+
+    Raises:
+        ValueError: if the parts do not fit: heads that do not divide, two different grids for a fusion that needs one,
+            a grid not larger than the radius, positions of blocks outside the decoder, a language model that does not
+            hand keyword arguments on to its layers.
+    """
+
+    model_type = "aurea"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", init_kwargs=_SIGLIP2_SO400M),
+        "spatial_vision_config": SubConfigSpec(
+            AutoConfig, model_type="dinov2_with_registers", init_kwargs=_DINOV2_GIANT
+        ),
+        "text_config": SubConfigSpec(AutoConfig, model_type="phi3", init_kwargs=_PHI4_MINI),
+        "fusion_config": AureaFusionConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    spatial_vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    fusion_config: dict | PreTrainedConfig | None = None
+    vision_image_size: int | list[int] | tuple[int, int] | None = None
+    spatial_vision_image_size: int | list[int] | tuple[int, int] | None = None
+    cross_attention_layers: list[int] | None = None
+    cross_attention_num_heads: int | None = None
+    cross_attention_num_key_value_heads: int | None = None
+    cross_attention_head_dim: int | None = None
+    cross_attention_intermediate_size: int | None = None
+    cross_attention_norm_eps: float = 1e-5
+    projector_hidden_size: int | None = None
+    image_token_id: int = 200010
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(_AUTO_MAP))
+        super().__post_init__(**kwargs)
+        text_config = self.text_config
+        _validate_decoder(type(text_config))
+        if self.vision_config.model_type == "siglip_vision_model":
+            self.vision_config.vision_use_head = False
+        if self.spatial_vision_config.model_type == "siglip_vision_model":
+            self.spatial_vision_config.vision_use_head = False
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        if self.cross_attention_num_heads is None:
+            self.cross_attention_num_heads = text_config.num_attention_heads
+        if self.cross_attention_num_key_value_heads is None:
+            key_value_heads = getattr(text_config, "num_key_value_heads", None)
+            self.cross_attention_num_key_value_heads = key_value_heads or self.cross_attention_num_heads
+        if self.cross_attention_head_dim is None:
+            head_dim = getattr(text_config, "head_dim", None)
+            self.cross_attention_head_dim = head_dim or text_config.hidden_size // self.cross_attention_num_heads
+        if self.cross_attention_intermediate_size is None:
+            self.cross_attention_intermediate_size = int(text_config.hidden_size * 4 * 2 / 3)
+        if self.projector_hidden_size is None:
+            self.projector_hidden_size = 8 * self.feature_sizes[1]
+
+    @property
+    def feature_sizes(self) -> tuple[int, int]:
+        """Channels of the semantic and of the spatial encoder's features."""
+        return _feature_size(self.vision_config), _feature_size(self.spatial_vision_config)
+
+    @property
+    def view_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width in pixels of view 0 (semantic encoder) and view 1 (spatial encoder)."""
+        view_0 = _pair(self.vision_image_size or self.vision_config.image_size)
+        if self.spatial_vision_image_size is not None:
+            return view_0, _pair(self.spatial_vision_image_size)
+        grid, stride = _grid(view_0, self.vision_config), _stride(self.spatial_vision_config)
+        return view_0, (grid[0] * stride[0], grid[1] * stride[1])
+
+    @property
+    def grid_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of patches of each view."""
+        view_0, view_1 = self.view_sizes
+        return _grid(view_0, self.vision_config), _grid(view_1, self.spatial_vision_config)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens the language model's cross-attention gets for one picture."""
+        rows, columns = self.grid_sizes[1]
+        return rows * columns
+
+    @property
+    def cross_attention_positions(self) -> list[int]:
+        """`cross_attention_layers`, or the published rule: before layers 0, 2, 4, … and after the last."""
+        num_layers = self.text_config.num_hidden_layers
+        if self.cross_attention_layers is not None:
+            return sorted(self.cross_attention_layers)
+        return [*range(0, num_layers, 2), num_layers]
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        self._validate_heads()
+        self._validate_views()
+        self._validate_cross_attention_layers()
+
+    def _validate_heads(self):
+        parts = [("text_config", self.text_config), ("vision_config", self.vision_config)]
+        parts.append(("spatial_vision_config", self.spatial_vision_config))
+        for name, config in parts:
+            heads = getattr(config, "num_attention_heads", None)
+            own_head_dim = getattr(config, "head_dim", None)
+            if isinstance(heads, int) and own_head_dim is None and config.hidden_size % heads:
+                raise ValueError(
+                    f"`{name}.hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` ({heads})."
+                )
+        heads, key_value_heads = self.cross_attention_num_heads, self.cross_attention_num_key_value_heads
+        if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
+            raise ValueError(
+                f"`cross_attention_num_heads` ({heads}) must be a multiple of `cross_attention_num_key_value_heads` "
+                f"({key_value_heads})."
+            )
+
+    def _validate_views(self):
+        for name, config, size in zip(
+            ("vision_config", "spatial_vision_config"),
+            (self.vision_config, self.spatial_vision_config),
+            self.view_sizes,
+        ):
+            if config.model_type == "siglip2_vision_model":
+                raise ValueError(
+                    f"`{name}` is siglip2_vision_model, the variant that takes flattened patches (NaFlex). Use "
+                    "siglip_vision_model, which carries SigLIP2 at a fixed resolution."
+                )
+            stride = _stride(config)
+            if any(side < step or side % step for side, step in zip(size, stride)):
+                raise ValueError(f"The view of `{name}` is {size} pixels, not a multiple of its patches of {stride}.")
+        grid_0, grid_1 = self.grid_sizes
+        if grid_0 != grid_1:
+            raise ValueError(
+                f"The fusion '{self.fusion_config.fusion_type}' needs one grid, but the semantic encoder gives "
+                f"{grid_0} patches and the spatial encoder {grid_1}. Choose `vision_image_size` and "
+                "`spatial_vision_image_size` so that they agree."
+            )
+        if self.fusion_config.fusion_type == "spatial_range" and min(grid_1) <= self.fusion_config.radius:
+            raise ValueError(
+                f"The grid of {grid_1} patches must be larger than `fusion_config.radius` "
+                f"({self.fusion_config.radius}) on both sides. Use larger pictures or a smaller radius."
+            )
+
+    def _validate_cross_attention_layers(self):
+        positions, num_layers = self.cross_attention_positions, self.text_config.num_hidden_layers
+        outside = [position for position in positions if not 0 <= position <= num_layers]
+        if outside or not positions or len(set(positions)) != len(positions):
+            raise ValueError(
+                f"`cross_attention_layers` must hold distinct positions from 0 to {num_layers} (the number of decoder "
+                f"layers, meaning after the last one), got {self.cross_attention_layers}."
+            )
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _is_hierarchical(config: PreTrainedConfig) -> bool:
+    """Encoders of stages (Swin, ConvNeXt, ResNet) halve the resolution from each stage to the next."""
+    return hasattr(config, "depths")
+
+
+def _stride(config: PreTrainedConfig) -> tuple[int, int]:
+    """Pixels per patch, vertically and horizontally, of an encoder's last feature map."""
+    rows, columns = _pair(getattr(config, "patch_size", 4))
+    shrink = 2 ** (len(config.depths) - 1) if _is_hierarchical(config) else 1
+    return rows * shrink, columns * shrink
+
+
+def _grid(size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
+    stride = _stride(config)
+    return size[0] // stride[0], size[1] // stride[1]
+
+
+def _feature_size(config: PreTrainedConfig) -> int:
+    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+@lru_cache
+def _validate_decoder(config_class: type[PreTrainedConfig]):
+    """Refuse language models that would drop the visual states on the way to their layers.
+
+    A decoder hands keyword arguments on if `**kwargs` stands in its `forward` more often than in the signature. The
+    class is looked up, not built, so this also works where modules live on the meta device.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    name = config_class.model_type
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or config_class not in MODEL_MAPPING:
+        raise ValueError(f"`text_config` is of type '{name}', which is not a decoder language model of transformers.")
+    decoder_class = MODEL_MAPPING[config_class]
+    source = inspect.getsource(inspect.unwrap(decoder_class.forward))
+    if source.count("**kwargs") < 2:
+        raise ValueError(
+            f"`text_config` is of type '{name}', whose {decoder_class.__name__} does not hand keyword arguments on to "
+            "its layers: the visual states could not reach the cross-attention blocks. Choose another language model "
+            "(Phi-3, Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … do)."
+        )
+
+
+__all__ = ["AureaConfig", "AureaFusionConfig"]

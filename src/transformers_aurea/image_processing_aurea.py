@@ -1,0 +1,486 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""A picture → the two views of `pixel_values`, one per vision encoder.
+
+    picture ─ RGB on white ─┬─ resize to `size` ──────────────────────────── normalise ─ view 0, semantic (SigLIP2)
+                            └─ resize to `spatial_size` ─ centre crop ────── normalise ─ view 1, spatial (DINOv2)
+
+Both views lie in one tensor `(num_images, 2, 3, height, width)`. Where they differ in size, each is padded with zeros
+at the bottom and on the right to the larger; the model knows from its configuration what to cut out. Settings of view
+0 bear the usual names, those of view 1 the same with `spatial_` in front; the `do_*` switches and `rescale_factor`
+hold for both. Pixels are resized as 8-bit numbers by torch's own antialiased kernel, which meets the published pixels
+exactly and needs no torchvision.
+"""
+
+import base64
+import binascii
+import io
+import os
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+import PIL.ImageCms
+import PIL.ImageOps
+import torch
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    is_pil_image,
+    is_valid_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+INTERPOLATION_MODES = {
+    PILImageResampling.NEAREST: "nearest-exact",
+    PILImageResampling.BILINEAR: "bilinear",
+    PILImageResampling.BICUBIC: "bicubic",
+}
+MODES_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+# One pass of a resize handles at most about this many numbers at a time, so that a picture of 20000×10 stays cheap.
+MAX_NUMBERS_PER_PASS = 2**26
+# Beyond this length the table of interpolation weights alone takes hundreds of megabytes.
+MAX_RESIZED_LENGTH = 2**22
+DOWNLOAD_TIMEOUT = 60  # seconds
+
+SizeSetting = int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
+
+
+class AureaImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    spatial_size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 256}`):
+        Size of view 1 after resizing: `height` and `width`, or `shortest_edge`, which keeps the aspect ratio.
+    spatial_crop_size (`dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
+        Size of the centre of view 1 that is kept. `None` keeps all of it.
+    spatial_resample (`PILImageResampling`, *optional*, defaults to `Resampling.BICUBIC`):
+        Interpolation of view 1.
+    spatial_image_mean (`float` or `list[float]`, *optional*, defaults to `IMAGENET_DEFAULT_MEAN`):
+        Mean of view 1, per channel.
+    spatial_image_std (`float` or `list[float]`, *optional*, defaults to `IMAGENET_DEFAULT_STD`):
+        Standard deviation of view 1, per channel.
+    """
+
+    spatial_size: SizeSetting
+    spatial_crop_size: SizeSetting
+    spatial_resample: PILImageResampling | int | None
+    spatial_image_mean: float | list[float] | tuple[float, ...] | None
+    spatial_image_std: float | list[float] | tuple[float, ...] | None
+
+
+class AureaImageProcessor(PilBackend):
+    r"""Turns pictures into `pixel_values` of shape `(num_images, 2, 3, height, width)`, float32.
+
+    Pictures are PIL images, NumPy arrays or tensors (channels first or last; 8-bit, 16-bit, or floats in 0…1 or
+    0…255), paths, URLs or base64 strings, one or many, in flat or nested lists. Transparent pictures are laid on
+    white. The EXIF orientation is applied to pictures read from a path, a URL or a base64 string; a PIL image is taken
+    as it is.
+
+    As everywhere in transformers, `do_rescale` multiplies whatever was given by `rescale_factor`: pass
+    `do_rescale=False` with floats in 0…1.
+
+    Settings of view 0: `size` (resized to exactly this, or by its `shortest_edge`), `crop_size` (`None`: no crop),
+    `resample`, `image_mean`, `image_std`; of view 1: the same names after `spatial_`, see `AureaImageProcessorKwargs`.
+
+    Raises:
+        ValueError: a picture cannot be read or has no pixels, a wrong number of dimensions or channels, or values that
+            are not finite or out of range; a setting does not fit. The message names the picture and the value.
+        TypeError: something is no picture at all.
+    """
+
+    valid_kwargs = AureaImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"height": 224, "width": 224}
+    resample = PILImageResampling.BILINEAR
+    do_center_crop = True
+    crop_size = None
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+
+    spatial_size = {"shortest_edge": 256}
+    spatial_resample = PILImageResampling.BICUBIC
+    spatial_crop_size = {"height": 224, "width": 224}
+    spatial_image_mean = IMAGENET_DEFAULT_MEAN
+    spatial_image_std = IMAGENET_DEFAULT_STD
+
+    def __init__(self, **kwargs: Unpack[AureaImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def preprocess(self, images: ImageInput, **kwargs: Unpack[AureaImageProcessorKwargs]) -> BatchFeature:
+        """See the class. `return_tensors` is `"pt"`, `"np"` or `None` (a list with one array per picture)."""
+        return super().preprocess(images, **kwargs)
+
+    def fetch_images(self, images: ImageInput):
+        """Reads what is a path, a URL or a base64 string. The nesting stays; `None` in a list becomes an empty one."""
+        if isinstance(images, (list, tuple)):
+            return [[] if image is None else self.fetch_images(image) for image in images]
+        if isinstance(images, (str, os.PathLike)):
+            return read_picture(images)
+        if is_valid_image(images):
+            return images
+        raise TypeError(
+            f"A picture must be a PIL image, a NumPy array, a tensor, a path, a URL or a base64 string, got "
+            f"{type(images).__name__}: {_shorten(images)}"
+        )
+
+    def _prepare_image_like_inputs(self, images: ImageInput, **kwargs) -> list[torch.Tensor]:
+        pictures = []
+        for index, image in enumerate(flatten_pictures(self.fetch_images(images))):
+            try:
+                pictures.append(self.process_image(image, **kwargs))
+            except (OSError, ValueError) as error:  # OSError: a PIL image that fails when its file is decoded
+                raise ValueError(f"Picture {index}: {error}") from error
+        return pictures
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """One picture as `(channels, height, width)`, uint8 or, if floats were given, float32."""
+        if is_pil_image(image):
+            if 0 in image.size:
+                raise ValueError(f"it has no pixels: width {image.size[0]}, height {image.size[1]}")
+            array = _pil_to_rgb(image) if do_convert_rgb else np.array(image)
+            input_data_format = ChannelDimension.LAST
+        else:
+            array = image.detach().cpu() if isinstance(image, torch.Tensor) else image
+            if isinstance(array, torch.Tensor):
+                array = (array.float() if array.is_floating_point() else array).numpy()
+        picture = torch.from_numpy(np.array(_to_channels_first(array, input_data_format), order="C"))
+        return _to_three_channels(picture) if do_convert_rgb else picture
+
+    def _standardize_kwargs(
+        self,
+        spatial_size: SizeSetting = None,
+        spatial_crop_size: SizeSetting = None,
+        spatial_image_mean: float | list[float] | None = None,
+        spatial_image_std: float | list[float] | None = None,
+        **kwargs,
+    ) -> dict:
+        kwargs = super()._standardize_kwargs(**kwargs)
+        if spatial_size is not None and not isinstance(spatial_size, SizeDict):
+            spatial_size = SizeDict(**get_size_dict(spatial_size, default_to_square=False, param_name="spatial_size"))
+        if spatial_crop_size is not None and not isinstance(spatial_crop_size, SizeDict):
+            spatial_crop_size = SizeDict(**get_size_dict(spatial_crop_size, param_name="spatial_crop_size"))
+        kwargs["spatial_size"] = spatial_size
+        kwargs["spatial_crop_size"] = spatial_crop_size
+        for name, value in (("spatial_image_mean", spatial_image_mean), ("spatial_image_std", spatial_image_std)):
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        for prefix in ("", "spatial_"):
+            size, crop_size = kwargs[f"{prefix}size"], kwargs[f"{prefix}crop_size"]
+            if kwargs["do_resize"]:
+                _check_size(f"{prefix}size", size, (("height", "width"), ("shortest_edge",)))
+                if kwargs[f"{prefix}resample"] not in INTERPOLATION_MODES:
+                    supported = ", ".join(f"{int(mode)} ({mode.name})" for mode in INTERPOLATION_MODES)
+                    raise ValueError(
+                        f"`{prefix}resample` must be one of {supported}, got {kwargs[f'{prefix}resample']}"
+                    )
+            if kwargs["do_center_crop"] and crop_size is not None:
+                _check_size(f"{prefix}crop_size", crop_size, (("height", "width"),))
+            if kwargs["do_normalize"]:
+                for name in (f"{prefix}image_mean", f"{prefix}image_std"):
+                    if kwargs[name] is None:
+                        raise ValueError(f"`{name}` must be given, or `do_normalize` be False")
+                if not np.all(np.asarray(kwargs[f"{prefix}image_std"])):
+                    raise ValueError(f"`{prefix}image_std` must not contain 0, got {kwargs[f'{prefix}image_std']}")
+        if kwargs["do_rescale"] and kwargs["rescale_factor"] is None:
+            raise ValueError("`rescale_factor` must be given, or `do_rescale` be False")
+        if kwargs["do_pad"] or kwargs["pad_size"] is not None:
+            raise ValueError("`do_pad` and `pad_size` have no meaning here: views are padded to the larger of the two")
+
+    def _preprocess(self, images: list[torch.Tensor], return_tensors=None, device=None, **kwargs) -> BatchFeature:
+        pictures = []
+        for index, image in enumerate(images):
+            try:
+                picture, unit = _to_levels(image) if kwargs["do_resize"] else (image, 1.0)
+                pictures.append([self._make_view(picture, unit, prefix, **kwargs) for prefix in ("", "spatial_")])
+            except ValueError as error:
+                raise ValueError(f"Picture {index}: {error}") from error
+        for view, prefix in enumerate(("", "spatial_")):
+            sizes = {tuple(views[view].shape) for views in pictures}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"The pictures of one call must become equally large, but view {view} has the shapes "
+                    f"{sorted(sizes)}: set `{prefix}crop_size`, or `{prefix}size` with height and width"
+                )
+        pixel_values = [_pad_and_stack(views) for views in pictures]
+        if return_tensors is None:
+            return BatchFeature(data={"pixel_values": [picture.numpy() for picture in pixel_values]})
+        pixel_values = torch.stack(pixel_values) if pixel_values else torch.zeros(0, 2, 3, *_canvas_size(**kwargs))
+        pixel_values = pixel_values.to(device) if return_tensors == "pt" else pixel_values.numpy()
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    def _make_view(self, picture: torch.Tensor, unit: float, prefix: str, **kwargs) -> torch.Tensor:
+        """Resized, cropped, rescaled and normalised: `(channels, height, width)`, float32."""
+        height, width = picture.shape[-2:]
+        if kwargs["do_resize"]:
+            height, width = _resized_size(height, width, kwargs[f"{prefix}size"])
+        mode = INTERPOLATION_MODES[kwargs[f"{prefix}resample"]] if kwargs["do_resize"] else None
+        crop = kwargs[f"{prefix}crop_size"] if kwargs["do_center_crop"] else None
+        view = resize_and_crop(picture, (height, width), (crop.height, crop.width) if crop else None, mode)
+        view = view.to(torch.float32) * unit
+        if kwargs["do_rescale"]:
+            if unit != 1:
+                logger.warning_once(
+                    "Floats in 0…1 are about to be multiplied by `rescale_factor`, as if they were in 0…255. "
+                    "Pass `do_rescale=False` for pictures that are already rescaled."
+                )
+            view = view * kwargs["rescale_factor"]
+        if kwargs["do_normalize"]:
+            view = _normalize(view, prefix, kwargs[f"{prefix}image_mean"], kwargs[f"{prefix}image_std"])
+        return view
+
+
+def read_picture(source: str | os.PathLike) -> PIL.Image.Image:
+    """A picture from a path, an http(s) URL or a base64 string, decoded and turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: `source` is none of these, or what it names is no picture or is truncated.
+    """
+    name = _shorten(source)
+    source = os.fspath(source)
+    try:
+        if source.startswith(("http://", "https://")):
+            request = urllib.request.Request(source, headers={"User-Agent": "transformers-aurea"})
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                file = io.BytesIO(response.read())
+        elif os.path.isfile(source):
+            file = source
+        else:
+            file = io.BytesIO(base64.b64decode(source.partition("base64,")[2] or source, validate=True))
+        with PIL.Image.open(file) as image:
+            image.load()
+            return PIL.ImageOps.exif_transpose(image)
+    except binascii.Error as error:
+        raise ValueError(
+            f"{name} is neither an existing file, nor a URL that starts with http:// or https://, nor base64 data"
+        ) from error
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"The picture {name} cannot be read: {error}") from error
+
+
+def flatten_pictures(images) -> Iterator:
+    """The single pictures of an arbitrarily nested list; an array with four dimensions is a list of pictures."""
+    if isinstance(images, (list, tuple)) or (not is_pil_image(images) and images.ndim == 4):
+        for image in images:
+            yield from flatten_pictures(image)
+    else:
+        yield images
+
+
+def resize_and_crop(
+    picture: torch.Tensor, size: tuple[int, int], crop_size: tuple[int, int] | None, mode: str | None
+) -> torch.Tensor:
+    """Resizes `(channels, height, width)` to `size` and keeps the centre of `crop_size`, with zeros where it is short.
+
+    The crop starts at `int(round((length - crop) / 2))`, Python's rounding half to even, as in torchvision. Torch's
+    8-bit kernel works in two passes, width first, with an 8-bit result between them; the passes are done one by one
+    here, so that only what the crop keeps goes through the second one. The numbers are the same.
+    """
+    crop_size = crop_size or size
+    for dim in (-1, -2):
+        start = max(0, round((size[dim] - crop_size[dim]) / 2))
+        picture = _resize_along(picture, dim, size[dim], start, min(size[dim], crop_size[dim]), mode)
+    missing_height, missing_width = (crop - have for crop, have in zip(crop_size, picture.shape[-2:]))
+    if missing_height or missing_width:
+        padding = (missing_width // 2, (missing_width + 1) // 2, missing_height // 2, (missing_height + 1) // 2)
+        picture = torch.nn.functional.pad(picture, padding)
+    return picture
+
+
+def _resize_along(
+    picture: torch.Tensor, dim: int, length: int, start: int, kept: int, mode: str | None
+) -> torch.Tensor:
+    """One pass: resizes along `dim` to `length` and keeps `kept` entries from `start` on."""
+    if picture.shape[dim] == length:
+        return picture.narrow(dim, start, kept)
+    if length > MAX_RESIZED_LENGTH:
+        raise ValueError(
+            f"resized, it would be {length} pixels long, more than {MAX_RESIZED_LENGTH}: its sides differ too much. "
+            f"Crop it first, or give `size` or `spatial_size` as height and width"
+        )
+    other = -3 - dim
+    rows_per_part = max(1, MAX_NUMBERS_PER_PASS // (picture.shape[0] * max(length, picture.shape[dim])))
+    parts = []
+    for part in picture.split(rows_per_part, dim=other):
+        size = [length, part.shape[-1]] if dim == -2 else [part.shape[-2], length]
+        part = torch.nn.functional.interpolate(part[None], size=size, mode=mode, antialias=mode != "nearest-exact")[0]
+        parts.append(part.narrow(dim, start, kept).contiguous())  # a copy, or the whole part would stay in memory
+    return torch.cat(parts, dim=other)
+
+
+def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    if size.shortest_edge is None:
+        return size.height, size.width
+    longest_edge = int(size.shortest_edge * max(height, width) / min(height, width))  # truncated, as published
+    return (size.shortest_edge, longest_edge) if height <= width else (longest_edge, size.shortest_edge)
+
+
+def _canvas_size(**kwargs) -> tuple[int, int]:
+    """Height and width of `pixel_values` as far as the settings alone determine them."""
+    sizes = []
+    for prefix in ("", "spatial_"):
+        crop = kwargs[f"{prefix}crop_size"] if kwargs["do_center_crop"] else None
+        size = crop or (kwargs[f"{prefix}size"] if kwargs["do_resize"] else None)
+        sizes.append((size.height or 0, size.width or 0) if size else (0, 0))
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+
+def _check_size(name: str, size: SizeDict | None, allowed_keys: tuple[tuple[str, ...], ...]):
+    given = dict(size) if size is not None else {}
+    if tuple(given) not in allowed_keys or any(length < 1 for length in given.values()):
+        allowed = " or ".join(str(list(keys)) for keys in allowed_keys)
+        raise ValueError(f"`{name}` must have the keys {allowed} with positive numbers, got {size and given}")
+
+
+def _to_channels_first(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
+    """`(channels, height, width)`, uint8 or float32, of a checked array of any supported layout and type."""
+    if array.ndim not in (2, 3):
+        raise ValueError(f"it must have 2 dimensions (grey) or 3 (with channels), got the shape {array.shape}")
+    if 0 in array.shape:
+        raise ValueError(f"it has no pixels: shape {array.shape}")
+    is_grey = array.ndim == 2
+    if is_grey:
+        array = array[None]
+    elif input_data_format is None:
+        try:
+            input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(f"it must have 1, 3 or 4 channels, first or last, got the shape {array.shape}") from error
+    if input_data_format == ChannelDimension.LAST and not is_grey:
+        array = np.moveaxis(array, -1, 0)
+    if array.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"it must have 1, 3 or 4 channels, got {array.shape[0]} (`input_data_format={input_data_format}`)"
+        )
+    return _to_known_type(array)
+
+
+def _to_known_type(array: np.ndarray) -> np.ndarray:
+    """8-bit levels as uint8, floats as float32. 16-bit levels are scaled to 8-bit, not clipped."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ValueError(f"it has {np.count_nonzero(~np.isfinite(array))} values that are NaN or infinite")
+        return array.astype(np.float32)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"its numbers must be integers or floats, got {array.dtype}")
+    lowest, highest = array.min(), array.max()
+    if lowest >= 0 and highest <= 255:
+        return array.astype(np.uint8)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return _scale_16_bit(array)
+    raise ValueError(
+        f"its integers must lie in 0…255, or in 0…65535 with the type uint16, got {array.dtype} in {lowest}…{highest}"
+    )
+
+
+def _scale_16_bit(array: np.ndarray) -> np.ndarray:
+    return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 255 · 257, rounded to nearest
+
+
+def _pil_to_rgb(image: PIL.Image.Image) -> np.ndarray:
+    """`(height, width)` or `(height, width, 3 or 4)` of a PIL image in any mode; alpha is left for compositing."""
+    transparency = image.info.get("transparency")
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.array(image)
+        if image.mode == "F":
+            levels = _to_levels(torch.from_numpy(_to_known_type(array)))[0].numpy()
+        elif image.mode == "I":
+            levels = _to_known_type(array if array.min() < 0 or array.max() > 65535 else array.astype(np.uint16))
+        else:
+            levels = _scale_16_bit(array)
+        return levels if transparency is None else np.where(array == transparency, np.uint8(255), levels)
+    if image.mode in MODES_WITH_ALPHA or transparency is not None:
+        if image.mode == "La":  # Pillow knows only this way out of it
+            image = image.convert("LA")
+        return np.array(image.convert("RGBA"))
+    if image.mode == "LAB":
+        lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
+        return np.array(PIL.ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
+    return np.array(image.convert("RGB"))
+
+
+def _to_three_channels(picture: torch.Tensor) -> torch.Tensor:
+    """Grey is repeated; four channels are RGB and alpha, laid on white with the published arithmetic."""
+    if picture.shape[0] == 1:
+        return picture.expand(3, -1, -1)
+    if picture.shape[0] == 3:
+        return picture
+    is_float = picture.is_floating_point()
+    white = 1.0 if is_float and picture.max() <= 1 else 255.0
+    color, alpha = picture[:3].to(torch.float32), picture[3:].to(torch.float32) / white
+    composite = (alpha * color + (1 - alpha) * white).clamp(0, white)
+    return composite if is_float else composite.to(torch.uint8)  # truncated, not rounded
+
+
+def _to_levels(picture: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A picture as 8-bit levels, and the value of one level in the numbers that were given."""
+    if not picture.is_floating_point():
+        return picture, 1.0
+    lowest, highest = picture.min().item(), picture.max().item()
+    if lowest < 0 or highest > 255:
+        raise ValueError(
+            f"floats must lie in 0…1 or 0…255 to be resized, got {lowest:g}…{highest:g}: rescale it, or "
+            f"resize it yourself and pass `do_resize=False`"
+        )
+    if highest <= 1:
+        return (picture * 255).round().to(torch.uint8), 1 / 255
+    return picture.round().to(torch.uint8), 1.0
+
+
+def _normalize(view: torch.Tensor, prefix: str, mean, std) -> torch.Tensor:
+    statistics = []
+    for name, values, neutral in ((f"{prefix}image_mean", mean, 0.0), (f"{prefix}image_std", std, 1.0)):
+        values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
+        num_channels = view.shape[0]
+        if prefix and num_channels > len(values) > 1:
+            # a fourth channel exists only under `do_convert_rgb=False`; without a value of its own it stays as it is
+            values = torch.nn.functional.pad(values, (0, num_channels - len(values)), value=neutral)
+        if len(values) not in (1, num_channels):
+            raise ValueError(f"`{name}` must be one number or one per channel: {num_channels}, got {len(values)}")
+        statistics.append(values.view(-1, 1, 1))
+    return (view - statistics[0]) / statistics[1]
+
+
+def _pad_and_stack(views: list[torch.Tensor]) -> torch.Tensor:
+    """The views on one canvas, `(num_views, channels, height, width)`, zeros at the bottom and on the right."""
+    height, width = max(view.shape[-2] for view in views), max(view.shape[-1] for view in views)
+    return torch.stack(
+        [torch.nn.functional.pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in views]
+    )
+
+
+def _shorten(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
+__all__ = ["AureaImageProcessor", "AureaImageProcessorKwargs"]

@@ -1,0 +1,819 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Aurea: two vision encoders, one fusion, and a decoder that reads the result through cross-attention.
+
+    pixel_values (images, 2, 3, H, W)
+      ├─ view 0 ─ vision_model          (images, N, C₀)  semantics, SigLIP2 ─────┐
+      └─ view 1 ─ spatial_vision_model  (images, N, C₁)  spatial detail, DINOv2 ─┴─ fusion  (images, N, 2·C₁)
+                                                                                      │
+    input_ids (batch, T)                                          multi_modal_projector  (images, N, C)
+      └─ language_model, cross-attention blocks between its layers ───────────────────┘
+           └─ lm_head  (batch, T, vocabulary)
+
+What is special: the language model is any decoder of transformers. Its layers get a subclass of their own class that
+runs a cross-attention block first, so parameter names, recorders, plans and patterns of the decoder stay what they
+are. The blocks' keys and values live once, un-repeated, inside `past_key_values`, whatever cache that is. Without a
+picture the blocks are not run at all: text alone gives the decoder's own logits, bit for bit.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .configuration_aurea import AureaConfig
+from .fusion_aurea import FUSIONS, SpatialRangeAttention
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class AureaImageFeaturesOutput(BaseModelOutputWithPooling):
+    r"""
+    Features of pictures, one row per picture.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(num_images, sequence_length, hidden_size)`):
+            Output of the semantic encoder.
+        pooler_output (`torch.FloatTensor` of shape `(num_images, num_patches, text_hidden_size)`):
+            Fused and projected features, what the cross-attention blocks read.
+        spatial_last_hidden_state (`torch.FloatTensor` of shape `(num_images, sequence_length, spatial_hidden_size)`):
+            Output of the spatial encoder.
+        spatial_hidden_states, spatial_attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Those of the spatial encoder, on request, as `hidden_states` and `attentions` are the semantic encoder's.
+    """
+
+    spatial_last_hidden_state: torch.FloatTensor | None = None
+    spatial_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    spatial_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class AureaModelOutputWithPast(ModelOutput):
+    r"""
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Hidden states at the output of the decoder.
+        past_key_values (`Cache`, *optional*):
+            The decoder's keys and values and, once a picture was seen, those of the cross-attention blocks.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
+            The decoder's, one per layer; a layer's hidden state is the one after its cross-attention block and itself.
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
+            One `(batch_size, num_heads, sequence_length, num_visual_tokens)` per cross-attention block.
+        image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_patches, hidden_size)`, *optional*):
+            The projected features of the pictures given in this call.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class AureaCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
+            Next-token prediction loss.
+        logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            Scores of the language modelling head before the softmax.
+        past_key_values, hidden_states, attentions, cross_attentions, image_hidden_states:
+            See [`AureaModelOutputWithPast`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+class AureaMultiModalProjector(nn.Module):
+    """From the fusion's channels to the language model's."""
+
+    def __init__(self, config: AureaConfig, fused_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(fused_size, config.projector_hidden_size, bias=False)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size, bias=False)
+
+    def forward(self, fused_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(fused_features)))
+
+
+class AureaCrossAttention(nn.Module):
+    """Text tokens ask, visual tokens answer; queries and keys are normalised per head."""
+
+    is_causal = False
+
+    def __init__(self, config: AureaConfig, text_config, block_idx: int):
+        super().__init__()
+        self.config = text_config  # the decoder's own object: its attention implementation is ours
+        self.block_idx = block_idx
+        hidden_size = text_config.hidden_size
+        num_heads, num_key_value_heads = config.cross_attention_num_heads, config.cross_attention_num_key_value_heads
+        self.head_dim = config.cross_attention_head_dim
+        self.num_key_value_groups = num_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cross_attention_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        visual_cache: DynamicCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        query_states = self.q_norm(self._split_heads(self.q_proj(hidden_states)))  # (B, heads, T, head_dim)
+        if cross_attention_states is not None:
+            key_states = self.k_norm(self._split_heads(self.k_proj(cross_attention_states)))
+            value_states = self._split_heads(self.v_proj(cross_attention_states))
+            if visual_cache is not None:
+                visual_cache.update(key_states, value_states, self.block_idx)
+        else:
+            cached = visual_cache.layers[self.block_idx]
+            key_states, value_states = cached.keys, cached.values
+
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and "flash" in implementation:
+            implementation = "sdpa"  # flash attention takes masks of whole rows only
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output, attn_weights = attention_interface(
+            self, query_states, key_states, value_states, attention_mask, scaling=self.scaling
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+
+class AureaCrossAttentionMLP(nn.Module):
+    def __init__(self, config: AureaConfig, hidden_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, config.cross_attention_intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, config.cross_attention_intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.cross_attention_intermediate_size, hidden_size, bias=False)
+        self.act_fn = ACT2FN["silu"]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class AureaCrossAttentionBlock(nn.Module):
+    """Cross-attention and a gated MLP, each with its residual. Rows without a picture pass through unchanged."""
+
+    def __init__(self, config: AureaConfig, text_config, block_idx: int):
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
+        self.cross_attn = AureaCrossAttention(config, text_config, block_idx)
+        self.post_attention_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
+        self.mlp = AureaCrossAttentionMLP(config, text_config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cross_attention_states: torch.Tensor | None,
+        cross_attention_mask: torch.Tensor | None = None,
+        rows_with_image: torch.Tensor | None = None,
+        visual_cache: DynamicCache | None = None,
+        cross_attentions: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        attn_output, attn_weights = self.cross_attn(
+            self.input_layernorm(hidden_states), cross_attention_states, cross_attention_mask, visual_cache
+        )
+        if cross_attentions is not None:
+            cross_attentions.append(attn_weights)
+        output = hidden_states + attn_output
+        output = output + self.mlp(self.post_attention_layernorm(output))
+        # A selection, not a product with zero: the contribution of a row without a picture is exactly none.
+        return output if rows_with_image is None else torch.where(rows_with_image, output, hidden_states)
+
+
+class WovenDecoderLayerMixin:
+    """A decoder layer with a cross-attention block before it (and, the last one, a closing block after it).
+
+    `__call__` turns the visual states from a keyword into the last positional argument: under reentrant gradient
+    checkpointing only positional tensors get gradients.
+    """
+
+    cross_attention_block: AureaCrossAttentionBlock | None
+    closing_cross_attention_block: AureaCrossAttentionBlock | None
+
+    def __call__(self, hidden_states, *args, cross_attention_states=None, **kwargs):
+        if self.training and getattr(self, "gradient_checkpointing", False) and cross_attention_states is not None:
+            kwargs["visual_cache"] = None  # a replayed forward must not write a second time
+        return super().__call__(hidden_states, *args, cross_attention_states, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args,
+        cross_attention_mask: torch.Tensor | None = None,
+        rows_with_image: torch.Tensor | None = None,
+        visual_cache: DynamicCache | None = None,
+        cross_attentions: list[torch.Tensor] | None = None,
+        **kwargs,
+    ):
+        *args, cross_attention_states = args
+        visual_inputs = (cross_attention_states, cross_attention_mask, rows_with_image, visual_cache, cross_attentions)
+        has_image = cross_attention_states is not None or visual_cache is not None
+        if has_image and self.cross_attention_block is not None:
+            hidden_states = self.cross_attention_block(hidden_states, *visual_inputs)
+        output = super().forward(hidden_states, *args, **kwargs)
+        if has_image and self.closing_cross_attention_block is not None:
+            if isinstance(output, tuple):
+                return (self.closing_cross_attention_block(output[0], *visual_inputs), *output[1:])
+            return self.closing_cross_attention_block(output, *visual_inputs)
+        return output
+
+
+class VisualStatesCacheMixin:
+    """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
+
+    `visual` holds one layer per block. `num_images` (batch,) counts the pictures of each row; it is None where every
+    token sees every visual state. `images_seen` (batch,) counts the placeholders in the text cached so far.
+    """
+
+    visual: DynamicCache
+    num_images: torch.Tensor | None
+    images_seen: torch.Tensor
+
+    @property
+    def has_visual_states(self) -> bool:
+        return len(self.visual.layers) > 0
+
+    def forget_visual_states(self):
+        self.visual = DynamicCache()  # without a config: with one, sliding windows would cut it
+        self.num_images = None
+
+    def reset(self):
+        super().reset()
+        self.forget_visual_states()
+        self.images_seen = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        super().reorder_cache(beam_idx)
+        self.visual.reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        self.visual.batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        self.visual.batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices])
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]):
+        self.num_images = None if self.num_images is None else function(self.num_images)
+        self.images_seen = None if self.images_seen is None else function(self.images_seen)
+
+
+@cache
+def _woven_class(mixin: type, base: type) -> type:
+    """The subclass of `base` with `mixin` in front, under the name of `base`, by which tools find decoder layers."""
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__reduce__": _reduce_woven})
+
+
+def _reduce_woven(self):
+    mixin, base = type(self).__bases__
+    return _rebuild_woven, (mixin, base), self.__dict__
+
+
+def _rebuild_woven(mixin: type, base: type):
+    woven = _woven_class(mixin, base)
+    return woven.__new__(woven)
+
+
+def _weave_cache(cache: Cache):
+    """Make the caller's own cache keep visual states, in place."""
+    if not isinstance(cache, VisualStatesCacheMixin):
+        cache.__class__ = _woven_class(VisualStatesCacheMixin, type(cache))
+        cache.images_seen = None
+        cache.forget_visual_states()
+
+
+def _decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules."""
+    num_layers = language_model.config.num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in language_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if not lists:
+        raise ValueError(
+            f"{type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into which "
+            "cross-attention blocks could be woven."
+        )
+    return min(lists, key=lambda named: named[0].count("."))
+
+
+def _image_counts(image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None) -> list[int]:
+    """Pictures of each row, from the placeholders `image_tokens` (batch, T) and those in the cached text before it."""
+    counts = image_tokens.sum(dim=1)
+    if images_seen is not None:
+        counts = counts + images_seen.to(counts.device)
+    counts = counts.tolist()
+    if sum(counts) != num_images:
+        raise ValueError(
+            f"Image features and image tokens do not match: {num_images} pictures for {sum(counts)} placeholders "
+            f"({counts} per row). Give one placeholder per picture, and the pictures in the order of the rows."
+        )
+    return counts
+
+
+def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features of single pictures (images, N, C) → those of rows (batch, most images · N, C) and pictures per row.
+
+    The second is None where each row has exactly one picture, which all its tokens see.
+    """
+    if set(counts) == {1}:
+        return image_features, None
+    rows = [features.flatten(0, 1) for features in image_features.split(counts)]
+    return pad_sequence(rows, batch_first=True), torch.tensor(counts, device=image_features.device)
+
+
+class AureaPreTrainedModel(PreTrainedModel):
+    config: AureaConfig
+    config_class = AureaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpatialRangeAttention"]
+    _skip_keys_device_placement = ["past_key_values", "visual_cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The published precision: both encoders and the width of every Gaussian. The encoders' own list is longer than
+    # the names: quantisers leave alone what stands here.
+    _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model", "sigma_spatial"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model; the first parameters, by which it is told otherwise, are an encoder's."""
+        return self.get_decoder().dtype
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Custom code that fills tensors in place is kept from modules whose parameters are loaded, and with them from
+        # modules that have none of their own, SigLIP's attention among them. This code uses
+        # `transformers.initialization`, which knows what is loaded.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SpatialRangeAttention):
+            init.ones_(module.sigma_spatial)
+
+    def initialize_weights(self):
+        # The blocks first: they stand inside the language model, whose own rules would be applied to them (Gemma
+        # starts norms at zero, which would silence queries and keys).
+        for block in self.modules():
+            if isinstance(block, AureaCrossAttentionBlock):
+                with torch.no_grad(), init.guard_torch_init_functions():
+                    block.apply(self._initialize_weights)
+        super().initialize_weights()
+
+
+class AureaModel(AureaPreTrainedModel):
+    """Encoders, fusion, projector and the decoder with its cross-attention blocks; no language modelling head."""
+
+    def __init__(self, config: AureaConfig):
+        super().__init__(config)
+        fusion = config.fusion_config
+        semantic_size, spatial_size = config.feature_sizes
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        self.spatial_vision_model = AutoModel.from_config(config.spatial_vision_config)
+        self.fusion = FUSIONS[fusion.fusion_type](
+            semantic_size, spatial_size, fusion.depth, fusion.radius, fusion.layer_norm_eps
+        )
+        self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self._weave_cross_attention()
+        self.post_init()
+        self._tp_plan.update(self._cross_attention_tp_plan())
+
+    def _weave_cross_attention(self):
+        _, layers = _decoder_layers(self.language_model)
+        block_idx = {position: idx for idx, position in enumerate(self.config.cross_attention_positions)}
+
+        def block(position: int) -> AureaCrossAttentionBlock | None:
+            if position not in block_idx:
+                return None
+            return AureaCrossAttentionBlock(self.config, self.language_model.config, block_idx[position])
+
+        # Every layer, also those without a block, so that no keyword of ours reaches the decoder's attention.
+        for position, layer in enumerate(layers):
+            layer.__class__ = _woven_class(WovenDecoderLayerMixin, type(layer))
+            layer.cross_attention_block = block(position)
+            layer.closing_cross_attention_block = block(len(layers)) if position + 1 == len(layers) else None
+
+    def _cross_attention_tp_plan(self) -> dict[str, str]:
+        plan = {
+            **dict.fromkeys(("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj"), "colwise"),
+            **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "colwise"),
+            **dict.fromkeys(("cross_attn.o_proj", "mlp.down_proj"), "rowwise"),
+        }
+        prefix = f"language_model.{_decoder_layers(self.language_model)[0]}.*"
+        blocks = ("cross_attention_block", "closing_cross_attention_block")
+        return {f"{prefix}.{block}.{name}": style for block in blocks for name, style in plan.items()}
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> AureaImageFeaturesOutput:
+        r"""
+        Encode, fuse and project pictures.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`):
+                View 0 for the semantic encoder, view 1 for the spatial one; a view smaller than the common canvas lies
+                in its top left corner.
+
+        Returns:
+            [`AureaImageFeaturesOutput`], `pooler_output` being the projected features.
+
+        Raises:
+            ValueError: if the shape of `pixel_values` is not the configured one, or an encoder gives another grid.
+        """
+        self._check_pixel_values(pixel_values)
+        semantic, semantic_features = self._encode_view(self.vision_model, pixel_values, 0, **kwargs)
+        spatial, spatial_features = self._encode_view(self.spatial_vision_model, pixel_values, 1, **kwargs)
+        fused_features = self.fusion(semantic_features, spatial_features)  # (images, N, C_fused)
+        return AureaImageFeaturesOutput(
+            last_hidden_state=semantic.last_hidden_state,
+            pooler_output=self.multi_modal_projector(fused_features),  # (images, N, C)
+            hidden_states=semantic.hidden_states,
+            attentions=semantic.attentions,
+            spatial_last_hidden_state=spatial.last_hidden_state,
+            spatial_hidden_states=spatial.hidden_states,
+            spatial_attentions=spatial.attentions,
+        )
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor):
+        canvas = tuple(max(sides) for sides in zip(*self.config.view_sizes))
+        if pixel_values.ndim != 5 or tuple(pixel_values.shape[1:]) != (2, 3, *canvas):
+            raise ValueError(
+                f"`pixel_values` must have the shape (num_images, 2, 3, {canvas[0]}, {canvas[1]}): two views of each "
+                f"picture, got {tuple(pixel_values.shape)}. `AureaImageProcessor` makes them."
+            )
+
+    def _encode_view(self, encoder: PreTrainedModel, pixel_values: torch.Tensor, view: int, **kwargs):
+        """An encoder's outputs for its view and its patch features as a grid (images, rows, columns, channels)."""
+        height, width = self.config.view_sizes[view]
+        rows, columns = self.config.grid_sizes[view]
+        pixels = pixel_values[:, view, :, :height, :width].to(encoder.dtype)
+        # A frozen encoder keeps no activations.
+        needs_grad = pixels.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad),
+            torch.autocast(pixels.device.type, enabled=False),
+        ):
+            outputs = encoder(pixels, **kwargs)
+        features = outputs.last_hidden_state
+        if features.ndim == 4:
+            features = features.flatten(2).transpose(1, 2)  # a feature map: (images, C, rows, columns) → tokens
+        if features.shape[1] < rows * columns:
+            raise ValueError(
+                f"{type(encoder).__name__} gives {features.shape[1]} patch features for a view of {height}×{width} "
+                f"pixels, fewer than the grid of {rows}×{columns} that its configuration promises."
+            )
+        features = features[:, -rows * columns :]  # class and register tokens come first
+        return outputs, features.unflatten(1, (rows, columns)).to(self.dtype)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+    ) -> torch.BoolTensor:
+        """Where the text, as ids or as embeddings, has a picture's placeholder: `(batch_size, sequence_length)`."""
+        image_token_id = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == image_token_id
+        embeddings = self.get_input_embeddings()
+        if image_token_id >= embeddings.num_embeddings:
+            return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
+        placeholder = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cross_attention_states: torch.FloatTensor | None = None,
+        num_images: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AureaModelOutputWithPast:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`, *optional*):
+                All pictures of the batch in the order of their placeholders, row by row. With a kept cache these are
+                the pictures of the whole conversation, and replace the cached ones.
+            cross_attention_states (`torch.FloatTensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
+                Visual tokens made ready before, row for row, instead of `pixel_values`; no placeholders are needed.
+            num_images (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+                With `cross_attention_states`: how many pictures of each row stand at their front. Each token then sees
+                the pictures whose placeholder is at or before it. Without it every token sees every visual token.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        if pixel_values is not None and cross_attention_states is not None:
+            raise ValueError("Give the pictures as `pixel_values` or as `cross_attention_states`, not both.")
+
+        image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, T)
+        image_features = None
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            seen = past_key_values.images_seen if isinstance(past_key_values, VisualStatesCacheMixin) else None
+            counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
+            image_features = self.get_image_features(pixel_values).pooler_output  # (images, N, C)
+            cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
+
+        use_cache = use_cache if use_cache is not None else getattr(self.config.text_config, "use_cache", False)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, past_key_values)
+        cross_attentions = None
+        if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
+            cross_attentions = visual_inputs["cross_attentions"] = []
+
+        outputs = self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **visual_inputs,
+            **kwargs,
+        )
+        return AureaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,  # (batch, T, C)
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=tuple(cross_attentions) if cross_attentions else None,
+            image_hidden_states=image_features,
+        )
+
+    def _visual_inputs(
+        self,
+        image_tokens: torch.Tensor,
+        cross_attention_states: torch.Tensor | None,
+        num_images: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> dict[str, torch.Tensor | DynamicCache | None]:
+        """The keywords that the decoder hands to its layers; none where there is no picture, new or cached."""
+        is_new = cross_attention_states is not None
+        if is_new and cache is not None:
+            _weave_cache(cache)
+            cache.forget_visual_states()
+            cache.num_images = num_images
+        elif not is_new and isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states:
+            num_images = cache.num_images
+        elif not is_new:
+            self._warn_of_placeholders_without_pictures(image_tokens, cache)
+            return {}
+
+        images_seen = image_tokens.sum(dim=1)
+        visible_images = image_tokens.long().cumsum(dim=1)
+        if cache is not None:
+            if cache.images_seen is not None:
+                images_seen = cache.images_seen + images_seen
+                visible_images = cache.images_seen[:, None] + visible_images
+            if num_images is not None:
+                images_seen = torch.minimum(images_seen, num_images)
+            if cache.images_seen is None or is_new:
+                cache.images_seen = images_seen
+            elif num_images is not None:
+                cache.images_seen.copy_(images_seen)
+
+        visual_inputs = {
+            "cross_attention_states": cross_attention_states,
+            "visual_cache": cache.visual if cache is not None else None,
+        }
+        if num_images is not None:
+            # Tokens before the first placeholder see the first picture. A row without one is given an empty picture to
+            # look at, so that no softmax runs over nothing, and its result is discarded.
+            visible_images = torch.minimum(visible_images, num_images[:, None]).clamp(min=1)
+            states = cross_attention_states if is_new else cache.visual.layers[0].keys[:, 0]
+            visual_inputs["cross_attention_mask"] = self._cross_attention_mask(visible_images, states)
+            visual_inputs["rows_with_image"] = (num_images > 0)[:, None, None]
+        return visual_inputs
+
+    def _cross_attention_mask(self, visible_images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Which visual tokens each text token sees, from the number of pictures (batch, T) that it sees."""
+        config = self.language_model.config
+        if "flash" in config._attn_implementation:
+            config = copy.copy(config)
+            config._attn_implementation = "sdpa"
+        tokens_per_image = self.config.tokens_per_image
+
+        def is_visible(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx < visible_images[batch_idx, q_idx] * tokens_per_image
+
+        return create_bidirectional_mask(
+            config=config,
+            inputs_embeds=states.new_empty((*visible_images.shape, 0)),
+            attention_mask=None,
+            encoder_hidden_states=states,
+            and_mask_function=is_visible,
+        )
+
+    def _warn_of_placeholders_without_pictures(self, image_tokens: torch.Tensor, cache: Cache | None):
+        is_first_call = cache is None or cache.get_seq_length() == 0
+        if is_first_call and not torch.compiler.is_compiling() and image_tokens.device.type != "meta":
+            if image_tokens.any():
+                logger.warning_once(
+                    "The text has placeholders of pictures (`image_token_id`), but no `pixel_values` were given: the "
+                    "model reads them as ordinary tokens and sees no picture."
+                )
+
+
+class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
+    """[`AureaModel`] with a language modelling head: from pictures and text to text."""
+
+    output_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: AureaConfig):
+        super().__init__(config)
+        self.model = AureaModel(config)
+        embeddings = self.get_input_embeddings()
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> AureaImageFeaturesOutput:
+        """See [`AureaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        cross_attention_states: torch.FloatTensor | None = None,
+        num_images: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> AureaCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids to predict, those of `input_ids` at the same place; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits for the last so many positions only (0: for all), or for the positions given.
+
+        The other arguments are those of [`AureaModel.forward`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            cross_attention_states=cross_attention_states,
+            num_images=num_images,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))  # (batch, T, vocabulary)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return AureaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """What some language models do to their logits: Gemma caps, Cohere multiplies, Granite divides."""
+        text_config = self.config.text_config
+        if (scale := getattr(text_config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        cross_attention_states: torch.FloatTensor | None = None,
+        num_images: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
+        # the first, and it would draft blind.
+        is_cached = isinstance(past_key_values, VisualStatesCacheMixin) and past_key_values.has_visual_states
+        if cross_attention_states is not None and not is_cached:
+            model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
+        elif cross_attention_states is None and pixel_values is not None and not is_cached:
+            model_inputs["pixel_values"] = pixel_values
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        # Before rows are repeated for beams: pictures are encoded once, and from here on belong to rows.
+        kwargs = self._encode_images_for_generation(input_ids, kwargs)
+        if expand_size > 1:
+            kwargs.pop("pixel_values", None)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+
+    def _encode_images_for_generation(self, input_ids: torch.LongTensor | None, model_kwargs: dict) -> dict:
+        """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
+        pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
+        cache = model_kwargs.get("past_key_values")
+        has_cached_states = isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
+            # in the first round; after that its cache knows.
+            if states is not None and has_cached_states:
+                return model_kwargs
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            text = {"input_ids": None, "inputs_embeds": inputs_embeds}
+            if inputs_embeds is None:
+                text = {"input_ids": input_ids, "inputs_embeds": None}
+            image_tokens = self.model.get_placeholder_mask(**text)
+            # Only the new text was given if the positions go back further than it.
+            position_ids = model_kwargs.get("position_ids")
+            is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
+            seen = cache.images_seen if is_continued and isinstance(cache, VisualStatesCacheMixin) else None
+            counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
+            image_features = self.get_image_features(pixel_values).pooler_output
+            states, num_images = _group_by_row(image_features, counts)
+            model_kwargs |= {"cross_attention_states": states, "num_images": num_images}
+        if states is not None and has_cached_states:
+            cache.forget_visual_states()
+        return model_kwargs
+
+
+__all__ = ["AureaForConditionalGeneration", "AureaModel", "AureaPreTrainedModel"]

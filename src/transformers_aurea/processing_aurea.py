@@ -1,0 +1,206 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Text and pictures → `input_ids`, `attention_mask`, `pixel_values`, and the published prompt as a chat template.
+
+A picture is one placeholder in the text, `<|image|>`, and stays one token: the visual features reach the language
+model through cross-attention, not through the token sequence. So texts are not expanded; what is left to do is to see
+that every row has as many placeholders as pictures.
+"""
+
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput, is_pil_image
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+
+
+IMAGE_TOKEN = "<|image|>"
+
+SYSTEM_PROMPT = (
+    "You are AureaPhi4, a helpful vision-language assistant skilled in analyzing images and text for tasks such as "
+    "detailed captioning, visual Q&A, spatial reasoning, object detection, classification, OCR, and advanced "
+    "multimodal reasoning."
+)
+
+# The published prompt has no separators between its parts, hence no line may leave white space behind. `<|assistant|>`
+# swallows the spaces after it when it is tokenized; stripping them here keeps the assistant mask off that token.
+CHAT_TEMPLATE = (
+    """{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content is not none -%}
+        {%- for part in content -%}
+            {%- if part is string -%}
+                {{- part -}}
+            {%- elif part['type'] in ['image', 'image_url'] -%}
+                {{- '<|image|>' -}}
+            {%- elif part['type'] == 'text' -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception("Content must be of type 'text' or 'image', got '" ~ part['type'] ~ "'") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set found = namespace(image=false, system=false) -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {%- set found.system = true -%}
+    {%- elif '<|image|>' in render(message['content']) -%}
+        {%- set found.image = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if found.image and not found.system -%}
+    {{- '<|system|>"""
+    + SYSTEM_PROMPT
+    + """<|end|>' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '<|assistant|>' -}}
+        {%- generation -%}
+            {{- render(message['content']).lstrip() + '<|end|>' -}}
+        {%- endgeneration -%}
+    {%- elif message['role'] in ['system', 'user'] -%}
+        {{- '<|' + message['role'] + '|>' + render(message['content']) + '<|end|>' -}}
+    {%- else -%}
+        {{- raise_exception("Roles are 'system', 'user' and 'assistant', got '" ~ message['role'] ~ "'") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+)
+
+
+class AureaProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        "text_kwargs": {
+            "padding": False,
+            "add_special_tokens": False,  # the prompt is complete as the chat template writes it
+        },
+    }
+
+
+class AureaProcessor(ProcessorMixin):
+    r"""An image processor and a tokenizer as one, with the published prompt as chat template.
+
+    Args:
+        image_processor (`AureaImageProcessor`): turns pictures into `pixel_values`.
+        tokenizer (`PreTrainedTokenizerBase`): its vocabulary must contain the image token, `tokenizer.image_token`
+            where it has one, else `<|image|>`.
+        chat_template (`str`, *optional*): a Jinja template; the published one by default. The default system message
+            is part of it: it is written if the conversation contains a picture and no system message of its own.
+
+    Raises:
+        ValueError: the image token is not in the tokenizer's vocabulary.
+    """
+
+    valid_processor_kwargs = AureaProcessorKwargs
+
+    def __init__(self, image_processor, tokenizer, chat_template=None):
+        self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
+            raise ValueError(
+                f"The tokenizer does not know the image token {self.image_token!r}: add it with "
+                f'`tokenizer.add_special_tokens({{"extra_special_tokens": ["{self.image_token}"]}})` and resize the '
+                f"model's embeddings to fit"
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        **kwargs: Unpack[AureaProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images: one picture or many, see `AureaImageProcessor`. A flat list is dealt out to the texts in order, by
+                the number of placeholders in each; a nested list has one entry per text: a list, a picture or `None`.
+            text: one text or a list of texts, each with one `<|image|>` per picture.
+
+        Returns:
+            `input_ids` and `attention_mask`, both `(batch_size, sequence_length)`, and, if there are pictures,
+            `pixel_values` `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+
+        Raises:
+            ValueError: texts and pictures do not match, or neither is given; what the image processor raises.
+            TypeError: a text is no string.
+        """
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        if text is not None and not isinstance(text, str):
+            wrong = [item for item in text if not isinstance(item, str)]
+            if wrong:
+                raise TypeError(f"A text must be a string, got {type(wrong[0]).__name__}: {wrong[0]!r:.100}")
+        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        if text is not None:
+            self._check_placeholders(text, images)
+        if images is not None and sum(_count_images(images)) == 0:
+            images = None
+        return images, text, videos, audio
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"{type(self).__name__} takes text and images, but no {name}")
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _check_placeholders(self, text: list[str], images) -> None:
+        """Compares pictures and placeholders: in all, and row by row where the nesting says whose a picture is."""
+        placeholders = [row.count(self.image_token) for row in text]
+        nested = isinstance(images, (list, tuple)) and any(_is_row(entry) for entry in images)
+        counts = _count_images(images) if images is not None else [0]
+        if nested and len(counts) != len(text):
+            raise ValueError(
+                f"Image features and image tokens do not match: the nested list of images has {len(counts)} rows for "
+                f"{len(text)} texts. Give one list per text, or a flat list"
+            )
+        if nested:
+            for row, (num_images, num_tokens) in enumerate(zip(counts, placeholders)):
+                if num_images != num_tokens:
+                    raise ValueError(
+                        f"Image features and image tokens do not match: row {row} has {num_images} images and "
+                        f"{num_tokens} placeholders {self.image_token!r}"
+                    )
+        if sum(counts) != sum(placeholders):
+            raise ValueError(
+                f"Image features and image tokens do not match: {sum(counts)} images for {sum(placeholders)} "
+                f"placeholders {self.image_token!r}, by row {placeholders}"
+            )
+
+    def _process_images(self, images: ImageInput, **kwargs):
+        replacements = [self.image_token] * sum(_count_images(images))
+        return self.image_processor(images, **kwargs), replacements
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The placeholder itself: a picture is one token."""
+        return self.image_token
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholder tokens, and rows of `pixel_values`, for pictures of these sizes: one each, whatever the size."""
+        if image_sizes is None:
+            return MultiModalData()
+        ones = [1] * len(image_sizes)
+        return MultiModalData(num_image_tokens=ones, num_image_patches=list(ones))
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
+
+def _is_row(entry) -> bool:
+    """Whether an entry of a list of images stands for all pictures of one text, not for a single picture."""
+    return isinstance(entry, (list, tuple)) or (not is_pil_image(entry) and entry.ndim == 4)
+
+
+def _count_images(images) -> list[int]:
+    """The number of pictures in each entry of what was given, which the image processor has already read."""
+    if not isinstance(images, (list, tuple)):
+        return [len(images) if _is_row(images) else 1]
+    return [sum(_count_images(entry)) for entry in images]
+
+
+__all__ = ["AureaProcessor", "AureaProcessorKwargs"]

@@ -1,0 +1,104 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import json
+import os
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; one that tries fails at once
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea.convert_aurea_weights_to_hf import main as convert
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+# Sizes small enough for seconds on a CPU, and no two of them equal by accident.
+TINY_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+IMAGE_TOKEN_ID = 98
+
+
+def tiny_config(text_config: dict | None = None, **kwargs) -> AureaConfig:
+    """Two encoders with a grid of 4×4, fused at radius 1, and a decoder of three layers."""
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    return AureaConfig(
+        text_config={"model_type": "phi3", **TINY_TEXT, **(text_config or {})},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            **vision,
+        },
+        spatial_vision_config={"model_type": "dinov2_with_registers", "hidden_size": 12, "mlp_ratio": 2, **vision},
+        fusion_config={"radius": 1, "depth": 1},
+        image_token_id=IMAGE_TOKEN_ID,
+        **kwargs,
+    )
+
+
+def tiny_model(text_config: dict | None = None, seed: int = 0, **kwargs) -> AureaForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = AureaForConditionalGeneration(tiny_config(text_config, **kwargs)).eval()
+    # The default initialisation is so small that a picture hardly shows in the logits.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "vision_model" not in name:
+                parameter.mul_(5)
+    return model
+
+
+def random_pixels(num_images: int, config: AureaConfig, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (max(sides) for sides in zip(*config.view_sizes))
+    return torch.randn(num_images, 2, 3, height, width, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> dict[str, torch.Tensor]:
+    """Tensors recorded from the original code on the tiny published checkpoint, in fp32."""
+    return load_file(FIXTURES / "goldens.safetensors")
+
+
+@pytest.fixture(scope="session")
+def facts() -> dict:
+    """Strings, token ids and settings recorded with them."""
+    return json.loads((FIXTURES / "goldens.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Path:
+    """The tiny published checkpoint, converted in fp32."""
+    folder = tmp_path_factory.mktemp("converted") / "aurea"
+    arguments = ["--input_dir", str(FIXTURES / "published"), "--config", str(FIXTURES / "tiny_config.json")]
+    assert convert([*arguments, "--output_dir", str(folder), "--dtype", "float32"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_model(converted) -> AureaForConditionalGeneration:
+    return AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def golden_processor(converted) -> AureaProcessor:
+    return AureaProcessor.from_pretrained(converted)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> dict[str, Image.Image]:
+    return {name: Image.open(FIXTURES / f"image_{name}.png") for name in ("rgb", "rgba", "wide")}
