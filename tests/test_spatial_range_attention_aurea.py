@@ -115,7 +115,7 @@ def test_every_tiling_gives_the_same(monkeypatch, tile_shape, height, width, rad
 
 
 def test_error_at_the_published_width():
-    inputs = random_inputs(1, 16, 16, 1536, 3)
+    inputs = random_inputs(1, 7, 9, 1536, 3)
     expected = outputs_and_gradients(
         reference_weights, reference_aggregate, *(tensor.double() for tensor in inputs), 3
     )
@@ -143,14 +143,14 @@ def test_half_precision_inputs(dtype):
 @pytest.mark.parametrize("tile_shape", [(3, 2), (100, 100)], ids=str)
 def test_gradcheck(monkeypatch, tile_shape):
     monkeypatch.setattr(op, "_tile_shape", lambda *_: tile_shape)
-    guidance, sigma, source, _ = random_inputs(2, 4, 5, 3, 3, torch.float64)
+    guidance, sigma, source, _ = random_inputs(2, 4, 5, 2, 2, torch.float64)
     inputs = [tensor.requires_grad_() for tensor in (guidance, sigma, source)]
 
     def attention(guidance, sigma, source):
-        return neighborhood_aggregate(source, spatial_range_weights(guidance, sigma, 3), 3)
+        return neighborhood_aggregate(source, spatial_range_weights(guidance, sigma, 2), 2)
 
     assert torch.autograd.gradcheck(attention, inputs)
-    assert torch.autograd.gradgradcheck(attention, inputs)
+    assert torch.autograd.gradgradcheck(attention, inputs, fast_mode=True)
 
 
 def test_only_the_gradients_asked_for():
@@ -174,6 +174,22 @@ def test_non_contiguous_and_empty_inputs():
         torch.testing.assert_close(value, reference)
     assert spatial_range_weights(guidance[:0], sigma, 2).shape == (0, 6, 5, 25)
     assert neighborhood_aggregate(source[:0], weights[:0], 2).shape == (0, 6, 5, 8)
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("height, width", [(9, 6), (9, 40)])
+def test_every_value_is_written(uninitialized_memory_is_nan, dtype, height, width):
+    assert torch.empty(3, dtype=dtype).isnan().all()
+    inputs = random_inputs(2, height, width, 8, 2, dtype)
+    for value in outputs_and_gradients(spatial_range_weights, neighborhood_aggregate, *inputs, 2):
+        assert value.isfinite().all()
 
 
 def test_large_grids_need_linear_memory():

@@ -264,7 +264,8 @@ class AureaConfig(PreTrainedConfig):
             own_head_dim = getattr(config, "head_dim", None)
             if isinstance(heads, int) and own_head_dim is None and config.hidden_size % heads:
                 raise ValueError(
-                    f"`{name}.hidden_size` ({config.hidden_size}) must be divisible by `num_attention_heads` ({heads})."
+                    f"`{name}.hidden_size` ({config.hidden_size}) must be divisible by its `num_attention_heads` "
+                    f"({heads})."
                 )
         heads, key_value_heads = self.cross_attention_num_heads, self.cross_attention_num_key_value_heads
         if heads < 1 or key_value_heads < 1 or heads % key_value_heads:

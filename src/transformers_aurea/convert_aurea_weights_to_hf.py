@@ -3,10 +3,10 @@
 
     python -m transformers_aurea.convert_aurea_weights_to_hf --input_dir PUBLISHED --output_dir OUT --verify
 
-PUBLISHED is a folder in the published layout or a hub id. The layout holds no sizes: `--config` gives them, without it
-the published sizes hold. Every tensor of PUBLISHED must be there under its name and in the shape the sizes promise, and
-every parameter of the model must get its value, or nothing is written. With `--verify` a new process reads the written
-folder back and compares it with PUBLISHED bit by bit; given an OUT that exists, it only does that.
+PUBLISHED is a folder in the published layout or a hub id. The layout holds no sizes: `--config` gives them, without
+it the published sizes hold. Every tensor of PUBLISHED must be there under its name and in the shape the sizes promise,
+and every parameter of the model must get its value, or nothing is written. With `--verify` a new process reads the
+written folder back and compares it with PUBLISHED bit by bit; given an OUT that exists, it only does that.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def published_tensors(config: AureaConfig) -> list[PublishedTensor]:
         targets = (targets,) if isinstance(targets, str) else targets
         rows, *rest = shapes[targets[0]] or (None,)
         shape = () if rows is None else (rows * len(targets), *rest)
-        tensors.append(PublishedTensor(file, name, shape + (1, 1) if is_convolution else shape, targets))
+        tensors.append(PublishedTensor(file, name, (*shape, 1, 1) if is_convolution else shape, targets))
     return tensors
 
 

@@ -349,6 +349,15 @@ def _image_counts(image_tokens: torch.Tensor, num_images: int, images_seen: torc
     return counts
 
 
+def _has_text_that_should_have_seen(cache: Cache, counts: list[int]) -> bool:
+    """Whether rows that now have pictures were cached before their first: that text sees it when nothing is cached."""
+    if cache.get_seq_length() == 0:
+        return False
+    if not isinstance(cache, VisualStatesCacheMixin) or cache.images_seen is None:
+        return any(counts)
+    return any(count and not seen for count, seen in zip(counts, cache.images_seen.tolist()))
+
+
 def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features of single pictures (images, N, C) → those of rows (batch, most images · N, C) and pictures per row.
 
@@ -374,9 +383,10 @@ class AureaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The published precision: both encoders and the width of every Gaussian. The encoders' own list is longer than
-    # the names: quantisers leave alone what stands here.
+    # The published precision: both encoders and the width of every Gaussian stay in float32. The strict list is for
+    # loading in any half precision; quantisers read the other one, from the start of a module's full name.
     _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model", "sigma_spatial"]
+    _keep_in_fp32_modules = [*_keep_in_fp32_modules_strict, "model.vision_model", "model.spatial_vision_model"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -544,8 +554,9 @@ class AureaModel(AureaPreTrainedModel):
             pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`, *optional*):
                 All pictures of the batch in the order of their placeholders, row by row. With a kept cache these are
                 the pictures of the whole conversation, and replace the cached ones.
-            cross_attention_states (`torch.FloatTensor` of shape `(batch_size, num_visual_tokens, hidden_size)`, *optional*):
-                Visual tokens made ready before, row for row, instead of `pixel_values`; no placeholders are needed.
+            cross_attention_states (`torch.FloatTensor`, *optional*):
+                `(batch_size, num_visual_tokens, hidden_size)`: visual tokens made ready before, row for row,
+                instead of `pixel_values`; no placeholders are needed.
             num_images (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 With `cross_attention_states`: how many pictures of each row stand at their front. Each token then sees
                 the pictures whose placeholder is at or before it. Without it every token sees every visual token.
@@ -560,6 +571,11 @@ class AureaModel(AureaPreTrainedModel):
         if pixel_values is not None and pixel_values.shape[0] > 0:
             seen = past_key_values.images_seen if isinstance(past_key_values, VisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
+            if past_key_values is not None and _has_text_that_should_have_seen(past_key_values, counts):
+                logger.warning_once(
+                    "`past_key_values` holds text that was read before its row's first picture. Without a cache it "
+                    "would see that picture. Give the whole text again and an empty cache to have it so."
+                )
             image_features = self.get_image_features(pixel_values).pooler_output  # (images, N, C)
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
 
@@ -655,13 +671,14 @@ class AureaModel(AureaPreTrainedModel):
         )
 
     def _warn_of_placeholders_without_pictures(self, image_tokens: torch.Tensor, cache: Cache | None):
+        if torch.compiler.is_compiling() or image_tokens.is_meta:
+            return
         is_first_call = cache is None or cache.get_seq_length() == 0
-        if is_first_call and not torch.compiler.is_compiling() and image_tokens.device.type != "meta":
-            if image_tokens.any():
-                logger.warning_once(
-                    "The text has placeholders of pictures (`image_token_id`), but no `pixel_values` were given: the "
-                    "model reads them as ordinary tokens and sees no picture."
-                )
+        if is_first_call and image_tokens.any():
+            logger.warning_once(
+                "The text has placeholders of pictures (`image_token_id`), but no `pixel_values` were given: the "
+                "model reads them as ordinary tokens and sees no picture."
+            )
 
 
 class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
@@ -808,6 +825,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
             seen = cache.images_seen if is_continued and isinstance(cache, VisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
+            if cache is not None and not is_continued and _has_text_that_should_have_seen(cache, counts):
+                cache.reset()  # the whole text was given, and is read again
             image_features = self.get_image_features(pixel_values).pooler_output
             states, num_images = _group_by_row(image_features, counts)
             model_kwargs |= {"cross_attention_states": states, "num_images": num_images}

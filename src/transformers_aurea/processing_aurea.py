@@ -28,9 +28,7 @@ CHAT_TEMPLATE = (
         {{- content -}}
     {%- elif content is not none -%}
         {%- for part in content -%}
-            {%- if part is string -%}
-                {{- part -}}
-            {%- elif part['type'] in ['image', 'image_url'] -%}
+            {%- if part['type'] in ['image', 'image_url'] -%}
                 {{- '<|image|>' -}}
             {%- elif part['type'] == 'text' -%}
                 {{- part['text'] -}}
@@ -131,10 +129,10 @@ class AureaProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        if text is not None and not isinstance(text, str):
-            wrong = [item for item in text if not isinstance(item, str)]
-            if wrong:
-                raise TypeError(f"A text must be a string, got {type(wrong[0]).__name__}: {wrong[0]!r:.100}")
+        if text is not None:
+            for item in text if isinstance(text, (list, tuple)) else [text]:
+                if not isinstance(item, str):
+                    raise TypeError(f"A text must be a string, got {type(item).__name__}: {item!r:.100}")
         images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
         if text is not None:
             self._check_placeholders(text, images)

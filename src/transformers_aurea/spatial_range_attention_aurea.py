@@ -30,10 +30,10 @@ class _Tile(NamedTuple):
 
 
 def _tile_shape(height: int, width: int, device_type: str) -> tuple[int, int]:
-    """Rows and columns of a tile: whole rows are not copied, small tiles waste least, large ones start few products."""
+    """Rows and columns of a tile: whole rows are not copied, small tiles waste little, large ones save calls."""
     if device_type != "cpu":
         return 32, 32
-    return (4, width) if width <= 24 else (8, 8)
+    return (4, width) if width <= 32 else (8, 8)
 
 
 def _neighbor_coordinates(start: int, stop: int, length: int, radius: int, device: torch.device) -> torch.Tensor:

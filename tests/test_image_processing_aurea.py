@@ -1,0 +1,517 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import base64
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from transformers_aurea import image_processing_aurea
+from transformers_aurea.image_processing_aurea import AureaImageProcessor
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PICTURES = ("rgb", "rgba", "wide")
+SQUARE = {"height": 112, "width": 112}
+TINY = {"size": SQUARE, "spatial_size": {"shortest_edge": 128}, "spatial_crop_size": SQUARE}
+
+# SHA-256 of the float32 pixels of the original at its real sizes, by picture: semantic view, spatial view.
+PUBLISHED_PIXELS = {
+    "rgb": (
+        "168505e2fcf68ca247ed2fe418441bc4215c3e809beaabdbb4e109995bf5fb11",
+        "c1df213944ccb02a0744871938771ac2d1843d3c0d7b25e024cf65422be78e5d",
+    ),
+    "rgba": (
+        "5d79acbc25c3a0869223d4114bb942e4f7b87b9409cc8abb85c83443bce6d2cd",
+        "89c92534f65b553757f7b4d65d652dad2781c8c9a525dbb75a9ac2c317b4551d",
+    ),
+    "wide": (
+        "f30a88502966f16d16c17b541c38187c9b3c565e6f4278cb7d3cbb28157b5d0c",
+        "32ad7a53fdf167a750e0cf02c3899b5e915756038af0be237beabb33209aa2c2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def goldens():
+    return load_file(FIXTURES / "goldens.safetensors")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AureaImageProcessor(**TINY)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Image.open(FIXTURES / "image_rgb.png").convert("RGB")
+
+
+def pixels(processor, images, **kwargs) -> torch.Tensor:
+    return processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+
+
+def levels(processor, images, **kwargs) -> torch.Tensor:
+    """Both views as 8-bit levels."""
+    return pixels(processor, images, do_rescale=False, do_normalize=False, **kwargs)
+
+
+# equal to the original
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_published_pixels_at_real_size_bit_for_bit(name):
+    views = pixels(AureaImageProcessor(), str(FIXTURES / f"image_{name}.png"))
+    assert views.shape == (1, 2, 3, 224, 224) and views.dtype == torch.float32
+    digests = tuple(hashlib.sha256(views[:, view].contiguous().numpy().tobytes()).hexdigest() for view in (0, 1))
+    assert digests == PUBLISHED_PIXELS[name]
+
+
+def test_normalised_pixels_equal_the_recorded_ones(processor, goldens):
+    views = pixels(processor, FIXTURES / "image_rgb.png")
+    assert torch.equal(views[:, 0], goldens["pre/rgb/siglip"])
+    assert torch.equal(views[:, 1], goldens["pre/rgb/dino"])
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_levels_equal_the_recorded_ones(processor, goldens, name):
+    views = levels(processor, FIXTURES / f"image_{name}.png")[0]
+    assert torch.equal(views[0], goldens[f"pre/{name}/siglip_resized_uint8"].float())
+    if name == "wide":
+        expected = goldens["pre/wide/dino_cropped_uint8"]
+    else:
+        top, left = json.loads((FIXTURES / "goldens.json").read_text())[f"pre/{name}"]["crop_top_left"]
+        expected = goldens[f"pre/{name}/dino_resized_uint8"][:, top : top + 112, left : left + 112]
+    assert torch.equal(views[1], expected.float())
+
+
+def test_alpha_is_laid_on_white_by_the_published_arithmetic(goldens):
+    processor = AureaImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+    composite = pixels(processor, FIXTURES / "image_rgba.png")[0]
+    assert torch.equal(composite[0], goldens["pre/rgba/composited_uint8"].float())
+    assert torch.equal(composite[0], composite[1])
+
+
+@pytest.mark.parametrize(
+    "view, mean, std", [(0, [0.5] * 3, [0.5] * 3), (1, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+)
+def test_each_view_has_its_own_mean_and_standard_deviation(processor, view, mean, std):
+    color = torch.tensor([10.0, 100.0, 250.0])
+    view = pixels(processor, Image.new("RGB", (40, 50), (10, 100, 250)))[0, view]
+    expected = (color / 255 - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(view, expected.view(3, 1, 1).expand_as(view))
+
+
+def test_cpu_without_wide_vector_units_resizes_to_the_same_levels(picture):
+    """torch chooses its kernels at start-up; the slowest must not take another route to other numbers."""
+    script = (
+        "import sys, numpy, torch; from PIL import Image;"
+        "picture = torch.from_numpy(numpy.array(Image.open(sys.argv[1]).convert('RGB'))).permute(2, 0, 1)[None];"
+        "resize = lambda mode: torch.nn.functional.interpolate(picture, (112, 130), mode=mode, antialias=True);"
+        "torch.save([resize('bilinear'), resize('bicubic')], sys.stdout.buffer)"
+    )
+    command = [sys.executable, "-c", script, str(FIXTURES / "image_rgb.png")]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    array = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    for mode, expected in zip(("bilinear", "bicubic"), torch.load(io.BytesIO(output))):
+        resized = image_processing_aurea.resize_and_crop(array, (112, 130), None, mode)
+        assert torch.equal(resized, expected[0])
+
+
+# resizing and cropping
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(130, 150), (90, 231), (33, 17), (256, 256), (1, 9)])
+@pytest.mark.parametrize("limit", [2**26, 2000])
+def test_two_passes_in_parts_equal_the_resize_in_one(monkeypatch, size, mode, limit):
+    monkeypatch.setattr(image_processing_aurea, "MAX_NUMBERS_PER_PASS", limit)
+    picture = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for target, crop in (((128, 147), (112, 112)), ((64, 200), (64, 51)), (size, (1, 5)), ((70, 70), None)):
+        whole = torch.nn.functional.interpolate(picture[None], target, mode=mode, antialias=True)[0]
+        crop_size = crop or target
+        top, left = (round((have - keep) / 2) for have, keep in zip(target, crop_size))
+        expected = whole[:, top : top + crop_size[0], left : left + crop_size[1]]
+        assert torch.equal(image_processing_aurea.resize_and_crop(picture, target, crop, mode), expected)
+
+
+@pytest.mark.parametrize("width, left", [(147, 18), (145, 16), (149, 18), (151, 20), (113, 0), (115, 2)])
+def test_crop_starts_at_half_rounded_to_even(width, left):
+    picture = torch.arange(width, dtype=torch.uint8).expand(3, 112, width)
+    cropped = image_processing_aurea.resize_and_crop(picture, (112, width), (112, 112), None)
+    assert cropped[0, 0].tolist() == list(range(left, left + 112))
+
+
+def test_picture_smaller_than_the_crop_is_centred_on_zeros():
+    processor = AureaImageProcessor(do_resize=False, crop_size=SQUARE, spatial_crop_size=SQUARE)
+    views = levels(processor, Image.new("RGB", (51, 130), (7, 7, 7)))[0]
+    inside = torch.zeros(112, 112)
+    inside[:, 30:81] = 7
+    assert torch.equal(views, inside.expand(2, 3, 112, 112))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (20000, 10), (10, 20000), (1, 300)])
+def test_extreme_shapes_keep_their_color(size):
+    views = levels(AureaImageProcessor(), Image.new("RGB", size, (10, 200, 30)))
+    assert torch.equal(views, torch.tensor([10.0, 200.0, 30.0]).view(3, 1, 1).expand(1, 2, 3, 224, 224))
+
+
+def test_extreme_shape_equals_the_crop_of_the_whole():
+    picture = torch.randint(0, 256, (3, 10, 2000), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    whole = torch.nn.functional.interpolate(picture[None], (256, 51200), mode="bicubic", antialias=True)[0]
+    left = round((51200 - 224) / 2)
+    assert torch.equal(levels(AureaImageProcessor(), picture)[0, 1], whole[:, 16:240, left : left + 224].float())
+
+
+def test_longer_side_is_truncated():
+    view = levels(AureaImageProcessor(spatial_crop_size=None), torch.zeros(3, 90, 231, dtype=torch.uint8))
+    assert view.shape == (1, 2, 3, 256, int(256 * 231 / 90)) == (1, 2, 3, 256, 657)
+
+
+@pytest.mark.parametrize(
+    "size, spatial, canvas",
+    [((28, 28), (20, 24), (28, 28)), ((20, 24), (28, 28), (28, 28)), ((16, 40), (30, 20), (30, 40))],
+)
+def test_smaller_view_is_padded_at_the_bottom_and_on_the_right(picture, size, spatial, canvas):
+    sizes = [dict(zip(("height", "width"), shape)) for shape in (size, spatial)]
+    padded = AureaImageProcessor(size=sizes[0], spatial_size=sizes[1], spatial_crop_size=sizes[1])
+    views = pixels(padded, picture)[0]
+    assert views.shape == (2, 3, *canvas)
+    for view, (height, width) in zip(views, (size, spatial)):
+        assert view[:, height:].count_nonzero() == view[:, :, width:].count_nonzero() == 0
+        assert view[:, height - 1].count_nonzero() > 0 and view[:, :height, width - 1].count_nonzero() > 0
+    spatial_only = AureaImageProcessor(size=sizes[1], spatial_size=sizes[1], spatial_crop_size=sizes[1])
+    assert torch.equal(views[1, :, : spatial[0], : spatial[1]], pixels(spatial_only, picture)[0, 1])
+
+
+@pytest.mark.parametrize("resample", [0, 2, 3])
+def test_resample_of_each_view_can_be_chosen(processor, picture, resample):
+    chosen = pixels(processor, picture, resample=resample, spatial_resample=resample)
+    default = pixels(processor, picture)
+    assert torch.equal(chosen[0, 0], default[0, 0]) == (resample == 2)
+    assert torch.equal(chosen[0, 1], default[0, 1]) == (resample == 3)
+
+
+# what counts as a picture
+
+
+def as_mode(picture: Image.Image, mode: str) -> Image.Image:
+    grey = np.array(picture.convert("L")).astype(np.uint16) * 257
+    if mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        return ImageCms.profileToProfile(picture, *profiles, outputMode="LAB")
+    if mode.startswith("I;16"):
+        return Image.frombytes(mode, picture.size, grey.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    by_way_of = {"La": "LA", "RGBa": "RGBA", "PA": "P"}.get(mode)
+    return (picture.convert(by_way_of) if by_way_of else picture).convert(mode)
+
+
+@pytest.mark.parametrize(
+    "mode, reference, tolerance",
+    [
+        ("1", "1", 0), ("L", "L", 0), ("LA", "L", 0), ("La", "L", 0), ("I", "L", 0), ("F", "L", 1), ("I;16", "L", 0),
+        ("I;16L", "L", 0), ("I;16B", "L", 0), ("P", "P", 0), ("PA", "P", 0), ("RGB", "RGB", 0), ("RGBX", "RGB", 0),
+        ("RGBA", "RGB", 0), ("RGBa", "RGB", 0), ("CMYK", "RGB", 0), ("YCbCr", "RGB", 4), ("HSV", "RGB", 6),
+        ("LAB", "RGB", 24),
+    ],
+)  # fmt: skip
+def test_every_mode_becomes_the_same_rgb_picture(processor, picture, mode, reference, tolerance):
+    converted = as_mode(picture, mode)
+    assert converted.mode == mode
+    expected = levels(processor, picture.convert(reference).convert("RGB"))
+    difference = (levels(processor, converted) - expected).abs()
+    assert difference.max() <= tolerance and difference.mean() <= tolerance / 3
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
+def test_fully_transparent_pictures_are_white(processor, mode):
+    picture = Image.new("LA" if mode in ("LA", "La") else "RGBA", (30, 20))
+    if mode == "PA":
+        picture = Image.new("P", (30, 20)).convert("PA")
+        picture.putalpha(0)
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    assert picture.mode == mode
+    assert torch.equal(levels(processor, picture), torch.full((1, 2, 3, 112, 112), 255.0))
+
+
+@pytest.mark.parametrize("mode, transparent", [("P", 3), ("L", 0), ("RGB", (0, 0, 0)), ("1", 0), ("I;16", 0)])
+def test_color_declared_transparent_becomes_white(processor, tmp_path, mode, transparent):
+    picture = Image.new(mode, (30, 20), transparent)
+    if mode == "P":
+        picture.putpalette(range(192))
+    picture.save(tmp_path / "picture.png", transparency=transparent)
+    reread = Image.open(tmp_path / "picture.png")
+    assert "transparency" in reread.info
+    assert levels(processor, reread).min() == 255
+    assert levels(processor, tmp_path / "picture.png").min() == 255
+
+
+@pytest.mark.parametrize(
+    "array, level",
+    [
+        (np.full((9, 8, 3), 77, np.uint8), 77),
+        (np.full((9, 8, 3), 77, np.int64), 77),
+        (np.full((9, 8, 3), 77, np.uint16), 77),
+        (np.full((9, 8, 3), 77 * 257, np.uint16), 77),
+        (np.full((9, 8, 3), 77 * 257, ">u2"), 77),
+        (np.full((9, 8, 3), 65535, np.uint16), 255),
+        (np.full((9, 8, 3), 77.0, np.float32), 77),
+        (np.full((9, 8, 3), True), 255),
+        (np.full((9, 8), 77, np.uint8), 77),
+        (np.full((9, 8, 1), 77, np.uint8), 77),
+        (np.full((1, 9, 8), 77, np.uint8), 77),
+        (np.full((3, 9, 8), 77, np.uint8), 77),
+        (np.dstack([np.full((9, 8, 3), 77, np.uint8), np.full((9, 8), 255, np.uint8)]), 77),
+        (np.zeros((9, 8, 4), np.uint8), 255),
+        (torch.full((3, 9, 8), 77, dtype=torch.uint8), 77),
+        (torch.full((9, 8, 3), 77.0, dtype=torch.bfloat16), 77),
+        (torch.full((3, 9, 8), 77.0, requires_grad=True), 77),
+        (Image.fromarray(np.full((9, 8), 77 * 257, np.uint16)), 77),
+        (Image.fromarray(np.full((9, 8), 77, np.int32)), 77),
+        (Image.fromarray(np.full((9, 8), 77 * 257, np.int32)), 77),
+        (Image.fromarray(np.full((9, 8), 77 / 255, np.float32)), 77),
+    ],
+)
+def test_arrays_of_every_type_and_layout(processor, array, level):
+    assert torch.equal(levels(processor, array), torch.full((1, 2, 3, 112, 112), float(level)))
+
+
+@pytest.mark.parametrize("kind", [np.array, lambda image: torch.from_numpy(np.array(image))])
+def test_arrays_equal_the_picture_in_both_layouts(processor, picture, kind):
+    array = kind(picture)
+    expected = pixels(processor, picture)
+    assert torch.equal(pixels(processor, array), expected)
+    channels_first = array.transpose(2, 0, 1) if isinstance(array, np.ndarray) else array.permute(2, 0, 1)
+    assert torch.equal(pixels(processor, channels_first), expected)
+    assert torch.equal(pixels(processor, array, input_data_format="channels_last"), expected)
+    assert torch.equal(pixels(processor, channels_first, input_data_format="channels_first"), expected)
+
+
+def test_floats_between_0_and_1_equal_the_levels_without_rescaling(processor, picture):
+    array = np.array(picture).astype(np.float32) / 255
+    torch.testing.assert_close(
+        pixels(processor, array, do_rescale=False), pixels(processor, picture), rtol=0, atol=1e-6
+    )
+
+
+def test_floats_of_any_range_pass_where_nothing_is_resized():
+    processor = AureaImageProcessor(do_resize=False, do_rescale=False, do_normalize=False, do_center_crop=False)
+    array = torch.linspace(-3, 300, 3 * 5 * 7).reshape(3, 5, 7)
+    assert torch.equal(pixels(processor, array), array.expand(1, 2, 3, 5, 7))
+
+
+def test_read_only_array_is_not_written_to(processor, picture, recwarn):
+    array = np.array(picture)
+    array.setflags(write=False)
+    pixels(processor, array)
+    assert not [warning for warning in recwarn if "writable" in str(warning.message)]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_numbers_of_channels_pass_without_conversion_to_rgb(processor, channels):
+    array = np.random.default_rng(0).integers(0, 256, (30, 20, channels), dtype=np.uint8)
+    settings = {"image_mean": [0.0] * channels, "image_std": [1.0] * channels, "do_convert_rgb": False}
+    if channels == 1:
+        settings.update(spatial_image_mean=0.0, spatial_image_std=1.0)
+    assert pixels(processor, array, **settings).shape == (1, 2, channels, 112, 112)
+
+
+# reading
+
+
+def rotated_file(picture: Image.Image, folder: Path) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    picture.save(folder / "rotated.png", exif=exif)
+    return folder / "rotated.png"
+
+
+def test_orientation_is_applied_to_files_but_not_to_pictures_in_memory(processor, picture, tmp_path):
+    path = rotated_file(picture, tmp_path)
+    upright, stored = pixels(processor, picture.rotate(-90, expand=True)), pixels(processor, picture)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    for source in (path, str(path), encoded, f"data:image/png;base64,{encoded}"):
+        assert torch.equal(pixels(processor, source), upright)
+    assert torch.equal(pixels(processor, Image.open(path)), stored)
+    assert not torch.equal(upright, stored)
+
+
+def test_picture_from_a_url_is_turned_upright_and_laid_on_white(processor, picture, tmp_path):
+    rotated_file(picture, tmp_path)
+    Image.new("LA", (9, 9)).save(tmp_path / "transparent.png")
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        turned, white = pixels(processor, f"{address}/rotated.png"), levels(processor, f"{address}/transparent.png")
+        with pytest.raises(ValueError, match=r"missing\.png.*404"):
+            pixels(processor, f"{address}/missing.png")
+        server.shutdown()
+    assert torch.equal(turned, pixels(processor, picture.rotate(-90, expand=True)))
+    assert white.min() == 255
+
+
+def test_lists_of_every_shape_give_one_row_per_picture(processor, picture):
+    one = pixels(processor, picture)
+    array = np.array(picture)
+    for images in (
+        [picture] * 3,
+        (picture, picture, picture),
+        [[picture], [picture, picture]],
+        [[], [picture, picture], [picture]],
+        [picture, [picture, picture]],
+        [None, picture, [picture, picture]],
+        np.stack([array] * 3),
+        torch.from_numpy(np.stack([array] * 3)),
+        [np.stack([array] * 2), array],
+        [FIXTURES / "image_rgb.png", picture, array],
+    ):
+        assert torch.equal(pixels(processor, images), one.expand(3, -1, -1, -1, -1))
+
+
+@pytest.mark.parametrize("empty", [[], (), [[]], [[], []], [None]])
+def test_no_pictures_give_zero_rows(processor, empty):
+    assert pixels(processor, empty).shape == (0, 2, 3, 112, 112)
+    assert processor(empty)["pixel_values"] == []
+
+
+def test_return_types(processor, picture):
+    tensor = pixels(processor, [picture, picture])
+    array = processor([picture, picture], return_tensors="np")["pixel_values"]
+    rows = processor([picture, picture])["pixel_values"]
+    assert isinstance(array, np.ndarray) and array.dtype == np.float32 and np.array_equal(array, tensor.numpy())
+    assert isinstance(rows, list) and all(np.array_equal(row, tensor[0].numpy()) for row in rows)
+    assert pixels(processor, picture, device="cpu").device.type == "cpu"
+
+
+# settings
+
+
+def test_settings_survive_saving_and_loading(tmp_path, picture):
+    first = AureaImageProcessor(
+        **TINY, resample=3, spatial_resample=2, image_mean=[0.1, 0.2, 0.3], spatial_image_std=[0.4, 0.5, 0.6]
+    )
+    first.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert saved["spatial_size"] == {"shortest_edge": 128} and saved["spatial_crop_size"] == SQUARE
+    assert saved["spatial_image_mean"] == list(IMAGENET_DEFAULT_MEAN) and saved["spatial_resample"] == 2
+    second = AureaImageProcessor.from_pretrained(tmp_path)
+    assert second.to_dict() == first.to_dict()
+    assert torch.equal(pixels(first, picture), pixels(second, picture))
+    third = AureaImageProcessor.from_pretrained(tmp_path, spatial_size=140)
+    assert dict(third.spatial_size) == {"shortest_edge": 140}
+
+
+def test_crop_switched_off_stays_off_after_loading(tmp_path):
+    AureaImageProcessor(spatial_crop_size=None).save_pretrained(tmp_path)
+    assert AureaImageProcessor.from_pretrained(tmp_path).spatial_crop_size is None
+
+
+def test_settings_in_short_form():
+    processor = AureaImageProcessor(size=56, spatial_size=64, spatial_crop_size=56)
+    assert dict(processor.size) == dict(processor.spatial_crop_size) == {"height": 56, "width": 56}
+    assert dict(processor.spatial_size) == {"shortest_edge": 64}
+
+
+def test_settings_of_one_call_override_those_of_the_processor(processor, picture):
+    other = AureaImageProcessor(**{**TINY, "spatial_size": {"shortest_edge": 150}}, do_normalize=False)
+    called = pixels(processor, picture, spatial_size={"shortest_edge": 150}, do_normalize=False)
+    assert torch.equal(called, pixels(other, picture))
+
+
+# refusals
+
+
+def truncated(name: str) -> str:
+    data = (FIXTURES / f"image_{name}.png").read_bytes()
+    return base64.b64encode(data[: len(data) // 2]).decode()
+
+
+def lazily_opened_truncated_picture() -> Image.Image:
+    data = (FIXTURES / "image_rgb.png").read_bytes()
+    return Image.open(io.BytesIO(data[: len(data) // 2]))
+
+
+BAD_PICTURES = {
+    "none": (None, TypeError, "NoneType"),
+    "number": (7, TypeError, "int: 7"),
+    "bytes": (b"abc", TypeError, "bytes"),
+    "list of numbers": ([[1, 2, 3]], TypeError, "int: 1"),
+    "dictionary": ({"path": "x.png"}, TypeError, "dict"),
+    "no such file": ("no/such/picture.png", ValueError, "'no/such/picture.png' is neither an existing file"),
+    "no such path": (Path("no/such/picture.png"), ValueError, "neither an existing file"),
+    "empty string": ("", ValueError, "cannot be read"),
+    "folder": (str(FIXTURES), ValueError, "neither an existing file"),
+    "file that is no picture": (FIXTURES / "goldens.json", ValueError, r"goldens\.json.*cannot be read"),
+    "base64 of no picture": (base64.b64encode(b"some text" * 5).decode(), ValueError, "cannot be read"),
+    "truncated file": (truncated("rgb"), ValueError, "cannot be read.*truncated"),
+    "truncated file in memory": (lazily_opened_truncated_picture(), ValueError, "Picture 0: .*truncated"),
+    "PIL image without pixels": (Image.new("RGB", (0, 5)), ValueError, "Picture 0: .*width 0, height 5"),
+    "array without pixels": (np.zeros((0, 5, 3), np.uint8), ValueError, r"no pixels: shape \(0, 5, 3\)"),
+    "one dimension": ([np.zeros(5, np.uint8)], ValueError, r"got the shape \(5,\)"),
+    "five dimensions": (np.zeros((1, 1, 3, 4, 4), np.uint8), ValueError, r"got the shape \(1, 1, 3, 4, 4\)"),
+    "five channels": (np.zeros((9, 8, 5), np.uint8), ValueError, r"1, 3 or 4 channels.*\(9, 8, 5\)"),
+    "two channels": (np.zeros((2, 9, 8), np.uint8), ValueError, r"1, 3 or 4 channels.*\(2, 9, 8\)"),
+    "NaN": (np.full((9, 8, 3), np.nan, np.float32), ValueError, "216 values that are NaN"),
+    "infinite": (torch.full((3, 9, 8), torch.inf), ValueError, "NaN or infinite"),
+    "negative floats": (np.full((9, 8, 3), -1.0), ValueError, "got -1…-1"),
+    "floats above 255": (np.full((9, 8, 3), 300.0), ValueError, "got 300…300"),
+    "negative integers": (np.full((9, 8, 3), -1), ValueError, "-1…-1"),
+    "integers above 255": (np.full((9, 8, 3), 300), ValueError, "int64 in 300…300"),
+    "complex numbers": (np.zeros((9, 8, 3), complex), ValueError, "complex128"),
+    "objects": (np.full((9, 8, 3), None), ValueError, "object"),
+    "32-bit picture out of range": (Image.new("I", (9, 8), 70000), ValueError, "70000"),
+    "float picture out of range": (Image.new("F", (9, 8), -2.0), ValueError, "-2"),
+    "sides that differ too much": (
+        Image.new("RGB", (60000, 1)),
+        ValueError,
+        "15360000 pixels long.*Crop it first",
+    ),
+    "second of two": ([np.zeros((9, 8, 3)), np.zeros((9, 8, 7))], ValueError, "Picture 1"),
+}
+
+
+@pytest.mark.parametrize("images, error, message", BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_bad_pictures_are_refused_by_name(images, error, message):
+    with pytest.raises(error, match=message):
+        AureaImageProcessor()(images, return_tensors="pt")
+
+
+BAD_SETTINGS = {
+    "size without width": ({"size": {"height": 5}}, "size"),
+    "size of zero": ({"size": {"height": 0, "width": 5}}, "`size` .*positive"),
+    "longest edge": ({"spatial_size": {"longest_edge": 5}}, "`spatial_size` must have the keys"),
+    "no size": ({"size": None}, "`size`"),
+    "crop by edge": ({"spatial_crop_size": {"shortest_edge": 5}}, "`spatial_crop_size`"),
+    "lanczos": ({"spatial_resample": 1}, r"`spatial_resample` must be one of .*3 \(BICUBIC\), got 1"),
+    "no mean": ({"spatial_image_mean": None}, "`spatial_image_mean` must be given"),
+    "mean of two": ({"image_mean": [0.1, 0.2]}, "`image_mean` must be one number or one per channel: 3, got 2"),
+    "deviation of zero": ({"spatial_image_std": [1.0, 0.0, 1.0]}, "`spatial_image_std` must not contain 0"),
+    "no factor": ({"rescale_factor": None}, "`rescale_factor`"),
+    "padding": ({"pad_size": {"height": 5, "width": 5}}, "`pad_size`"),
+}
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_settings_are_refused_by_name(processor, picture, settings, message):
+    with pytest.raises(ValueError, match=message):
+        processor(picture, **settings)
+
+
+def test_pictures_that_become_unequally_large_are_refused(picture):
+    processor = AureaImageProcessor(spatial_crop_size=None)
+    with pytest.raises(ValueError, match=r"view 1 has the shapes .*`spatial_crop_size`"):
+        processor([picture, picture.resize((40, 90))])

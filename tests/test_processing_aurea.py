@@ -1,0 +1,339 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import base64
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.image_utils import ChannelDimension
+
+from transformers_aurea.image_processing_aurea import AureaImageProcessor
+from transformers_aurea.processing_aurea import SYSTEM_PROMPT, AureaProcessor
+from transformers_aurea.tokenization_aurea import build_tokenizer
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FACTS = json.loads((FIXTURES / "goldens.json").read_text())
+SIDE = {"height": 28, "width": 28}
+QUESTION = "How many remote control devices are in this image?"
+SYSTEM = f"<|system|>{SYSTEM_PROMPT}<|end|>"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    image_processor = AureaImageProcessor(size=SIDE, spatial_size={"shortest_edge": 32}, spatial_crop_size=SIDE)
+    return AureaProcessor(image_processor, build_tokenizer(FIXTURES / "published"))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.open(FIXTURES / f"image_{name}.png") for name in ("rgb", "rgba", "wide")]
+
+
+def user(*content) -> dict:
+    parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+    return {"role": "user", "content": parts}
+
+
+def assistant(text) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+IMAGE = {"type": "image"}
+
+
+# the prompt
+
+
+@pytest.mark.parametrize(
+    "content", [[IMAGE, {"type": "text", "text": QUESTION}], f"<|image|>{QUESTION}"], ids=["list", "string"]
+)
+def test_prompt_with_a_picture_is_the_published_one(processor, content):
+    conversation = [{"role": "user", "content": content}]
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == FACTS["message_image"]
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": QUESTION}], QUESTION], ids=["list", "string"])
+def test_prompt_without_a_picture_is_the_published_one(processor, content):
+    conversation = [{"role": "user", "content": content}]
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == FACTS["message_text"]
+
+
+@pytest.mark.parametrize(
+    "conversation, expected",
+    [
+        ([user("a ", IMAGE, " b")], f"{SYSTEM}<|user|>a <|image|> b<|end|>"),
+        ([user(IMAGE, IMAGE, "b")], f"{SYSTEM}<|user|><|image|><|image|>b<|end|>"),
+        ([user("b", IMAGE)], f"{SYSTEM}<|user|>b<|image|><|end|>"),
+        ([user({"type": "image_url", "image_url": {"url": "x.png"}}, "b")], f"{SYSTEM}<|user|><|image|>b<|end|>"),
+        (
+            [user(IMAGE, "a"), assistant("b"), user("c")],
+            f"{SYSTEM}<|user|><|image|>a<|end|><|assistant|>b<|end|><|user|>c<|end|>",
+        ),
+        (
+            [user("a"), assistant("b"), user(IMAGE, "c")],
+            f"{SYSTEM}<|user|>a<|end|><|assistant|>b<|end|><|user|><|image|>c<|end|>",
+        ),
+        ([user("a"), assistant("b")], "<|user|>a<|end|><|assistant|>b<|end|>"),
+        (
+            [{"role": "system", "content": "Be brief."}, user(IMAGE, "a")],
+            "<|system|>Be brief.<|end|><|user|><|image|>a<|end|>",
+        ),
+        (
+            [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, user("a")],
+            "<|system|>Be brief.<|end|><|user|>a<|end|>",
+        ),
+        ([{"role": "system", "content": ""}, user(IMAGE)], "<|system|><|end|><|user|><|image|><|end|>"),
+        ([user("a"), {"role": "assistant", "content": None}], "<|user|>a<|end|><|assistant|><|end|>"),
+    ],
+)
+def test_conversations_are_written_without_anything_between_the_parts(processor, conversation, expected):
+    assert processor.apply_chat_template(copy.deepcopy(conversation)) == expected
+    generating = processor.apply_chat_template(copy.deepcopy(conversation), add_generation_prompt=True)
+    assert generating == expected + "<|assistant|>"
+
+
+def test_final_message_can_be_continued(processor):
+    text = processor.apply_chat_template([user("a"), assistant(" Once upon")], continue_final_message=True)
+    assert text == "<|user|>a<|end|><|assistant|>Once upon"
+
+
+def test_prompt_is_a_prefix_of_prompt_and_answer(processor):
+    prompt = [user(IMAGE, "a")]
+    whole = processor.apply_chat_template([*prompt, assistant("b")])
+    assert whole == processor.apply_chat_template(prompt, add_generation_prompt=True) + "b<|end|>"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_assistant_mask_covers_the_answers_and_their_ends(processor, pictures, side):
+    conversations = [
+        [
+            user({"type": "image", "image": pictures[0]}, {"type": "image", "image": pictures[1]}, "a"),
+            assistant("  Paris. "),  # `<|assistant|>` swallows the spaces that follow it
+            user("and?"),
+            assistant([{"type": "text", "text": "Rome"}]),
+        ],
+        [user("hi"), assistant("yo")],
+    ]
+    inputs = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": side},
+    )
+    answers = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"])]
+    assert [processor.decode(ids) for ids in answers] == ["Paris. <|end|>Rome<|end|>", "yo<|end|>"]
+
+
+@pytest.mark.parametrize("kind", ["image", "path", "url", "base64"])
+def test_pictures_in_the_conversation_reach_the_model(processor, kind):
+    path = FIXTURES / "image_rgba.png"
+    value = {
+        "image": Image.open(path),
+        "path": str(path),
+        "url": str(path),
+        "base64": base64.b64encode(path.read_bytes()).decode(),
+    }[kind]
+    conversation = [user({"type": "image", kind: value}, QUESTION)]
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["input_ids"].tolist() == [processor.tokenizer(FACTS["message_image"])["input_ids"]]
+    assert torch.equal(inputs["pixel_values"], processor(images=path, return_tensors="pt")["pixel_values"])
+
+
+BAD_CONVERSATIONS = {
+    "unknown role": ([{"role": "tool", "content": "a"}], "Roles are 'system', 'user' and 'assistant', got 'tool'"),
+    "video": ([user({"type": "video", "path": "x.mp4"})], "Content must be of type 'text' or 'image', got 'video'"),
+    "part without type": ([user({"text": "a"})], "Content must be of type"),
+}
+
+
+@pytest.mark.parametrize("conversation, message", BAD_CONVERSATIONS.values(), ids=BAD_CONVERSATIONS)
+def test_bad_conversations_are_refused_by_name(processor, conversation, message):
+    with pytest.raises(Exception, match=message):
+        processor.apply_chat_template(conversation)
+
+
+# texts and pictures
+
+
+def test_outputs_are_ids_mask_and_pixels_only(processor, pictures):
+    inputs = processor(images=pictures[0], text="<|image|>a", return_tensors="pt")
+    assert list(inputs) == ["input_ids", "attention_mask", "pixel_values"]
+    assert set(processor.model_input_names) == set(inputs)
+    assert inputs["input_ids"].tolist() == [[305, 64]] and inputs["attention_mask"].tolist() == [[1, 1]]
+    assert inputs["pixel_values"].shape == (1, 2, 3, 28, 28) and inputs["pixel_values"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("arguments", [{"text": "ab"}, {"text": ["a", "b"]}])
+def test_text_alone_has_no_pixels(processor, arguments):
+    assert set(processor(**arguments)) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("images", [None, [], [[]], [None], ()])
+def test_no_pictures_in_whatever_form_have_no_pixels(processor, images):
+    assert set(processor(images=images, text=["a"])) == {"input_ids", "attention_mask"}
+
+
+def test_picture_alone_has_no_ids(processor, pictures):
+    assert set(processor(images=pictures[0])) == {"pixel_values"}
+
+
+def test_every_nesting_of_the_same_pictures_gives_the_same_rows(processor, pictures):
+    first, second, third = pictures
+    text = ["<|image|>a", "b", "<|image|>c<|image|>"]
+    expected = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in pictures])
+    arrays = [np.array(image.convert("RGB").resize((30, 20))) for image in (second, third)]
+    for images in (
+        [first, second, third],
+        (first, second, third),
+        [[first], [], [second, third]],
+        [first, None, [second, third]],
+        [[first], None, (second, third)],
+        [str(FIXTURES / "image_rgb.png"), [], [second, FIXTURES / "image_wide.png"]],
+    ):
+        inputs = processor(images=images, text=text, padding=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected)
+    stacked = processor(images=[first, [], np.stack(arrays)], text=text, padding=True, return_tensors="pt")
+    listed = processor(images=[first, *arrays], text=text, padding=True, return_tensors="pt")
+    assert torch.equal(stacked["pixel_values"], listed["pixel_values"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_real_token(processor, pictures, side):
+    text = ["<|image|>a", "bcd ef", "<|image|><|image|>x"]
+    inputs = processor(images=pictures, text=text, padding=True, padding_side=side, return_tensors="pt")
+    for row, ids, mask in zip(text, inputs["input_ids"], inputs["attention_mask"].bool()):
+        assert ids[mask].tolist() == processor.tokenizer(row)["input_ids"]
+        assert (ids[~mask] == processor.tokenizer.pad_token_id).all()
+        assert mask[-1 if side == "left" else 0]
+
+
+def test_one_text_may_have_several_pictures(processor, pictures):
+    inputs = processor(images=pictures, text="<|image|>a<|image|><|image|>", return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [[305, 64, 305, 305]] and len(inputs["pixel_values"]) == 3
+
+
+def test_nothing_is_put_before_the_text(pictures, processor):
+    """Not even by a tokenizer that does so on its own; the prompt is complete."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_bos_token = True
+    other = AureaProcessor(processor.image_processor, tokenizer)
+    assert tokenizer("a")["input_ids"] == [300, 64]
+    assert other(text="a")["input_ids"] == [[64]]
+    assert other(text="a", add_special_tokens=True)["input_ids"] == [[300, 64]]
+
+
+def test_settings_of_both_parts_can_be_given_with_the_call(processor, pictures):
+    inputs = processor(
+        images=pictures[0],
+        text="<|image|>a",
+        images_kwargs={"spatial_image_mean": [0.0] * 3},
+        text_kwargs={"padding": "max_length", "max_length": 7},
+        do_resize=True,
+        return_tensors="pt",
+    )
+    assert inputs["input_ids"].shape == (1, 7)
+    expected = processor.image_processor(pictures[0], spatial_image_mean=[0.0] * 3, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    channels_first = processor(images=np.zeros((3, 9, 8)), input_data_format=ChannelDimension.FIRST)
+    assert len(channels_first["pixel_values"]) == 1
+
+
+def test_number_of_tokens_for_a_picture_is_one(processor):
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(100, 100), (300, 7)])
+    assert counts["num_image_tokens"] == counts["num_image_patches"] == [1, 1]
+    assert "num_image_tokens" not in processor._get_num_multimodal_tokens()
+
+
+# keeping and loading
+
+
+def test_everything_survives_saving_and_loading(processor, pictures, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AureaProcessor.from_pretrained(tmp_path)
+    assert loaded.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert loaded.image_token_id == 305
+    assert loaded.chat_template == processor.chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template
+    first, second = (part(images=pictures, text="<|image|>" * 3, return_tensors="pt") for part in (processor, loaded))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_own_chat_template_replaces_the_published_one(processor):
+    own = AureaProcessor(processor.image_processor, processor.tokenizer, chat_template="{{ messages[0]['content'] }}!")
+    assert own.apply_chat_template([{"role": "user", "content": "a"}]) == "a!"
+
+
+def test_image_token_is_that_of_the_tokenizer(processor, pictures):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_special_tokens({"image_token": "<picture>"})
+    other = AureaProcessor(processor.image_processor, tokenizer)
+    assert (other.image_token, other.image_token_id) == ("<picture>", 306)
+    assert other(images=pictures[0], text="<picture>a")["input_ids"] == [[306, 64]]
+
+
+def test_tokenizer_without_the_image_token_is_refused(processor):
+    tokenizer = build_tokenizer(FIXTURES / "published")
+    tokenizer.image_token = "<unheard-of>"
+    tokenizer._special_tokens_map["image_token"] = "<unheard-of>"
+    with pytest.raises(ValueError, match=r"image token '<unheard-of>'.*add_special_tokens"):
+        AureaProcessor(processor.image_processor, tokenizer)
+
+
+# refusals
+
+PICTURE = Image.new("RGB", (9, 9))
+NO_MATCH = "Image features and image tokens do not match"
+BAD_CALLS = {
+    "nothing": ({}, ValueError, "at least one input"),
+    "placeholder without picture": ({"text": "<|image|>a"}, ValueError, f"{NO_MATCH}: 0 images for 1 placeholders"),
+    "picture without placeholder": ({"text": "a", "images": PICTURE}, ValueError, f"{NO_MATCH}: 1 images for 0"),
+    "too many pictures": (
+        {"text": ["<|image|>", "a"], "images": [PICTURE] * 2},
+        ValueError,
+        r"2 images for 1.*\[1, 0\]",
+    ),
+    "too few pictures": ({"text": "<|image|>" * 3, "images": [PICTURE] * 2}, ValueError, r"2 images for 3.*\[3\]"),
+    "picture in the wrong row": (
+        {"text": ["a", "<|image|>"], "images": [[PICTURE], []]},
+        ValueError,
+        f"{NO_MATCH}: row 0 has 1 images and 0 placeholders",
+    ),
+    "second row": (
+        {"text": ["<|image|>", "<|image|>b"], "images": [[PICTURE], [PICTURE, PICTURE]]},
+        ValueError,
+        f"{NO_MATCH}: row 1 has 2 images and 1 placeholders",
+    ),
+    "rows without a text": ({"text": "<|image|>", "images": [[PICTURE], []]}, ValueError, f"{NO_MATCH}.*2 rows for 1"),
+    "texts without a row": ({"text": ["a", "b"], "images": [[]]}, ValueError, f"{NO_MATCH}.*1 rows for 2 texts"),
+    "empty lists": ({"text": ["<|image|>", "b"], "images": [[], []]}, ValueError, f"{NO_MATCH}: row 0 has 0"),
+    "placeholder cut off": (
+        {"text": "abcdef<|image|>", "images": PICTURE, "truncation": True, "max_length": 3},
+        ValueError,
+        "Mismatch in `image` token count",
+    ),
+    "text that is a number": ({"text": 7}, TypeError, "A text must be a string, got int: 7"),
+    "text that is a list of numbers": ({"text": [1, 2]}, TypeError, "A text must be a string, got int: 1"),
+    "text that is a list of words": ({"text": [["a", "b"]]}, TypeError, r"got list: \['a', 'b'\]"),
+    "text that is None in a list": ({"text": ["a", None]}, TypeError, "got NoneType: None"),
+    "video": ({"text": "a", "videos": [PICTURE]}, ValueError, "takes text and images, but no videos"),
+    "audio": ({"text": "a", "audio": np.zeros(9)}, ValueError, "takes text and images, but no audio"),
+    "no such file": ({"text": "<|image|>", "images": "no.png"}, ValueError, "'no.png' is neither an existing file"),
+    "picture that is a number": ({"text": "<|image|>", "images": [3]}, TypeError, "int: 3"),
+    "picture with NaN": ({"text": "<|image|>", "images": np.full((9, 9, 3), np.nan)}, ValueError, "Picture 0.*NaN"),
+    "padding by an unknown name": ({"text": "a", "padding": "widest"}, ValueError, "widest is not"),
+    "size as a text": ({"images": PICTURE, "spatial_size": "large"}, Exception, "spatial_size"),
+}
+
+
+@pytest.mark.parametrize("arguments, error, message", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_are_refused_by_name(processor, arguments, error, message):
+    with pytest.raises(error, match=message):
+        processor(**arguments)
