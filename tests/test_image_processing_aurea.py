@@ -343,7 +343,8 @@ def test_orientation_is_applied_to_files_but_not_to_pictures_in_memory(processor
     path = rotated_file(picture, tmp_path)
     upright, stored = pixels(processor, picture.rotate(-90, expand=True)), pixels(processor, picture)
     encoded = base64.b64encode(path.read_bytes()).decode()
-    for source in (path, str(path), encoded, f"data:image/png;base64,{encoded}"):
+    in_lines = base64.encodebytes(path.read_bytes()).decode()
+    for source in (path, str(path), encoded, in_lines, f"data:image/png;base64,{encoded}"):
         assert torch.equal(pixels(processor, source), upright)
     assert torch.equal(pixels(processor, Image.open(path)), stored)
     assert not torch.equal(upright, stored)
@@ -451,12 +452,18 @@ BAD_PICTURES = {
     "bytes": (b"abc", TypeError, "bytes"),
     "list of numbers": ([[1, 2, 3]], TypeError, "int: 1"),
     "dictionary": ({"path": "x.png"}, TypeError, "dict"),
-    "no such file": ("no/such/picture.png", ValueError, "'no/such/picture.png' is neither an existing file"),
+    "no such file": (
+        "no/such/picture.png",
+        ValueError,
+        "'no/such/picture.png' cannot be read: it is neither an existing file",
+    ),
     "no such path": (Path("no/such/picture.png"), ValueError, "neither an existing file"),
-    "empty string": ("", ValueError, "cannot be read"),
+    "empty string": ("", ValueError, "neither an existing file"),
+    "no such file that could be base64": ("photos/cat12345", ValueError, "neither an existing file"),
+    "no such file with other letters": ("фото.png", ValueError, "'фото.png'.*neither an existing file"),
     "folder": (str(FIXTURES), ValueError, "neither an existing file"),
     "file that is no picture": (FIXTURES / "goldens.json", ValueError, r"goldens\.json.*cannot be read"),
-    "base64 of no picture": (base64.b64encode(b"some text" * 5).decode(), ValueError, "cannot be read"),
+    "base64 of no picture": (base64.b64encode(b"some text" * 5).decode(), ValueError, "nor a picture in base64"),
     "truncated file": (truncated("rgb"), ValueError, "cannot be read.*truncated"),
     "truncated file in memory": (lazily_opened_truncated_picture(), ValueError, "Picture 0: .*truncated"),
     "PIL image without pixels": (Image.new("RGB", (0, 5)), ValueError, "Picture 0: .*width 0, height 5"),

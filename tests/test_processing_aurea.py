@@ -325,7 +325,7 @@ BAD_CALLS = {
     "text that is None in a list": ({"text": ["a", None]}, TypeError, "got NoneType: None"),
     "video": ({"text": "a", "videos": [PICTURE]}, ValueError, "takes text and images, but no videos"),
     "audio": ({"text": "a", "audio": np.zeros(9)}, ValueError, "takes text and images, but no audio"),
-    "no such file": ({"text": "<|image|>", "images": "no.png"}, ValueError, "'no.png' is neither an existing file"),
+    "no such file": ({"text": "<|image|>", "images": "no.png"}, ValueError, "'no.png' cannot be read: it is neither"),
     "picture that is a number": ({"text": "<|image|>", "images": [3]}, TypeError, "int: 3"),
     "picture with NaN": ({"text": "<|image|>", "images": np.full((9, 9, 3), np.nan)}, ValueError, "Picture 0.*NaN"),
     "padding by an unknown name": ({"text": "a", "padding": "widest"}, ValueError, "widest is not"),

@@ -246,11 +246,9 @@ def test_export(strict):
     torch.testing.assert_close(exported.module()(guidance, sigma, source), Attention()(guidance, sigma, source))
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=lambda name: name
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_to_one_graph(backend):
-    inputs = random_inputs(2, 6, 30, 4, 1)[:3]
+    inputs = random_inputs(2, 4, 34, 4, 1)[:3]  # several tiles
     attention = Attention()
     compiled = torch.compile(attention, fullgraph=True, backend=backend)
 
@@ -260,7 +258,7 @@ def test_compiles_to_one_graph(backend):
         return [output, *torch.autograd.grad(output.square().sum(), leaves)]
 
     for value, reference in zip(output_and_gradients(compiled), output_and_gradients(attention)):
-        torch.testing.assert_close(value, reference)
+        assert relative_error(value, reference) < 1e-5
 
 
 FEATURES = torch.zeros(1, 4, 6, 2)

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
-from .generation_aurea import DynamicTopKLogitsWarper, published_sampling
+from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
 from .image_processing_aurea import AureaImageProcessor
 from .modeling_aurea import AureaForConditionalGeneration, AureaModel, AureaPreTrainedModel
 from .processing_aurea import AureaProcessor
@@ -35,6 +35,7 @@ AureaProcessor.register_for_auto_class()
 __version__ = "0.1.0"
 
 __all__ = [
+    "NEUTRAL_SAMPLING",
     "AureaConfig",
     "AureaForConditionalGeneration",
     "AureaFusionConfig",

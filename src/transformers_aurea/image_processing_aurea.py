@@ -12,7 +12,6 @@ exactly and needs no torchvision.
 """
 
 import base64
-import binascii
 import io
 import os
 import urllib.request
@@ -121,9 +120,6 @@ class AureaImageProcessor(PilBackend):
     spatial_image_mean = IMAGENET_DEFAULT_MEAN
     spatial_image_std = IMAGENET_DEFAULT_STD
 
-    def __init__(self, **kwargs: Unpack[AureaImageProcessorKwargs]):
-        super().__init__(**kwargs)
-
     def preprocess(self, images: ImageInput, **kwargs: Unpack[AureaImageProcessorKwargs]) -> BatchFeature:
         """See the class. `return_tensors` is `"pt"`, `"np"` or `None` (a list with one array per picture)."""
         return super().preprocess(images, **kwargs)
@@ -146,7 +142,7 @@ class AureaImageProcessor(PilBackend):
         for index, image in enumerate(flatten_pictures(self.fetch_images(images))):
             try:
                 pictures.append(self.process_image(image, **kwargs))
-            except (OSError, ValueError) as error:  # OSError: a PIL image that fails when its file is decoded
+            except (OSError, SyntaxError, ValueError) as error:  # the first two when Pillow decodes a broken file
                 raise ValueError(f"Picture {index}: {error}") from error
         return pictures
 
@@ -261,8 +257,7 @@ def read_picture(source: str | os.PathLike) -> PIL.Image.Image:
     Raises:
         ValueError: `source` is none of these, or what it names is no picture or is truncated.
     """
-    name = _shorten(source)
-    source = os.fspath(source)
+    name, source = _shorten(source), os.fspath(source)
     try:
         if source.startswith(("http://", "https://")):
             request = urllib.request.Request(source, headers={"User-Agent": "transformers-aurea"})
@@ -271,16 +266,23 @@ def read_picture(source: str | os.PathLike) -> PIL.Image.Image:
         elif os.path.isfile(source):
             file = source
         else:
-            file = io.BytesIO(base64.b64decode(source.partition("base64,")[2] or source, validate=True))
+            file = io.BytesIO(_decode_base64(source))
         with PIL.Image.open(file) as image:
             image.load()
             return PIL.ImageOps.exif_transpose(image)
-    except binascii.Error as error:
-        raise ValueError(
-            f"{name} is neither an existing file, nor a URL that starts with http:// or https://, nor base64 data"
-        ) from error
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders fail on broken files with whatever their arithmetic runs into
         raise ValueError(f"The picture {name} cannot be read: {error}") from error
+
+
+def _decode_base64(text: str) -> bytes:
+    try:
+        data = base64.b64decode("".join((text.partition("base64,")[2] or text).split()), validate=True)
+        PIL.Image.open(io.BytesIO(data)).close()
+    except (ValueError, PIL.UnidentifiedImageError) as error:
+        raise ValueError(
+            "it is neither an existing file, nor a URL that starts with http:// or https://, nor a picture in base64"
+        ) from error
+    return data
 
 
 def flatten_pictures(images) -> Iterator:
