@@ -507,7 +507,7 @@ class AureaModel(AureaPreTrainedModel):
         # A frozen encoder keeps no activations.
         needs_grad = pixels.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
         if torch.is_grad_enabled() and any(name.endswith("mask_token") for name, _ in encoder.named_parameters()):
-            # Nothing is masked, but the mask token takes part: without a gradient it would stall DistributedDataParallel.
+            # Nothing is masked, but the mask token takes part: DistributedDataParallel waits for every gradient.
             kwargs["bool_masked_pos"] = pixels.new_zeros((len(pixels), rows * columns), dtype=torch.bool)
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad),

@@ -1,0 +1,226 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Any decoder as language model and any encoder in either place, in tiny sizes."""
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from transformers_aurea import AureaForConditionalGeneration
+
+
+# What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys only, not the picture's.
+LANGUAGE_MODELS = {
+    "phi3": {"sliding_window": 5},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 5},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 5, "final_logit_softcapping": 3.0},
+    "mistral": {"sliding_window": 5},
+    "smollm3": {},
+    "gpt2": {},
+    "mixtral": {"num_local_experts": 4},
+    "cohere": {"logit_scale": 0.5},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "stablelm": {},
+    "olmo2": {},
+    "starcoder2": {},
+    "gpt_neox": {},
+    "phi": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+families = pytest.mark.parametrize("family", LANGUAGE_MODELS)
+
+
+def family_model(family: str) -> AureaForConditionalGeneration:
+    return tiny_model({"model_type": family, **LANGUAGE_MODELS[family]})
+
+
+def ragged_batch(config):
+    """Left-padded rows of different lengths with one, two and no pictures, and the pixels."""
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(3, 90, (3, 10), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :1] = attention_mask[2, :4] = 0
+    input_ids[attention_mask == 0] = 0
+    input_ids[0, 3] = input_ids[1, 1] = input_ids[1, 6] = IMAGE_TOKEN_ID
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": random_pixels(3, config)}
+
+
+def generate(model, **kwargs):
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    # A random model may well write a placeholder, to which no picture would belong.
+    return model.generate(**settings, suppress_tokens=[IMAGE_TOKEN_ID], **kwargs)
+
+
+class TestLanguageModels:
+    @families
+    def test_text_only_is_the_bare_language_model_bit_for_bit(self, family):
+        model = family_model(family)
+        bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in bare.parameters():  # biases and norms too, which start at zero or one
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        keys = model.model.language_model.load_state_dict(bare.base_model.state_dict(), strict=False)
+        assert not keys.unexpected_keys
+        assert all("cross_attention_block" in key for key in keys.missing_keys)
+        model.lm_head.load_state_dict(bare.get_output_embeddings().state_dict())
+        input_ids = torch.randint(3, 90, (2, 9), generator=generator)
+        mask = torch.ones_like(input_ids)
+        mask[0, :3] = 0
+        with torch.no_grad():
+            expected = bare(input_ids=input_ids, attention_mask=mask).logits
+            assert torch.equal(model(input_ids=input_ids, attention_mask=mask).logits, expected)
+            pixel_values = random_pixels(1, model.config)[:0]
+            logits = model(input_ids=input_ids, attention_mask=mask, pixel_values=pixel_values).logits
+            assert torch.equal(logits, expected)
+        tokens = generate(model, input_ids=input_ids, attention_mask=mask)
+        assert torch.equal(tokens, generate(bare, input_ids=input_ids, attention_mask=mask))
+
+    @families
+    def test_a_mixed_batch_trains(self, family):
+        model = family_model(family).train()
+        inputs = ragged_batch(model.config)
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] > losses[1] > losses[2]
+
+    @families
+    def test_cached_greedy_of_a_ragged_batch_is_that_of_the_rows_alone_without_cache(self, family):
+        model = family_model(family)
+        inputs = ragged_batch(model.config)
+        cached = generate(model, **inputs)
+        assert torch.equal(cached, generate(model, **inputs, use_cache=False))
+        pixels = inputs["pixel_values"]
+        for row, own in enumerate((pixels[:1], pixels[1:], None)):
+            real = inputs["attention_mask"][row].bool()
+            alone = generate(model, input_ids=inputs["input_ids"][row : row + 1, real], pixel_values=own)
+            assert torch.equal(alone[0], cached[row, (~real).sum() :])
+
+    @families
+    def test_beams_of_a_ragged_batch_do_not_depend_on_the_cache(self, family):
+        model = family_model(family)
+        inputs = ragged_batch(model.config)
+        settings = {"num_beams": 3, "num_return_sequences": 2}
+        assert torch.equal(generate(model, **inputs, **settings), generate(model, **inputs, **settings, use_cache=False))
+
+    @families
+    def test_the_picture_shows_at_every_cached_step(self, family):
+        model = family_model(family)
+        inputs = ragged_batch(model.config)
+        row = inputs["input_ids"][1:2]
+        logits = []
+        for pixels in (inputs["pixel_values"][1:], inputs["pixel_values"][1:] * 0):
+            cache = DynamicCache(config=model.config.text_config)
+            with torch.no_grad():
+                model(input_ids=row[:, :7], pixel_values=pixels, past_key_values=cache)
+                steps = [model(input_ids=row[:, at : at + 1], past_key_values=cache).logits for at in (7, 8, 9)]
+            logits.append(torch.cat(steps, dim=1))
+        assert (logits[0] - logits[1]).abs().amax(-1).min() > 1e-4
+
+    @pytest.mark.parametrize(
+        ("family", "message"), [("falcon", "falcon.*FalconModel"), ("bloom", "bloom.*BloomModel"), ("mamba", "mamba")]
+    )
+    def test_decoders_that_would_drop_the_picture_are_refused(self, family, message):
+        with pytest.raises(Exception, match=message) as error:
+            tiny_config({"model_type": family})
+        assert "cross-attention" in str(error.value) or "not a decoder language model" in str(error.value)
+
+    def test_encoders_are_refused_as_language_model(self):
+        with pytest.raises(Exception, match="'siglip_vision_model', which is not a decoder language model"):
+            tiny_config({"model_type": "siglip_vision_model"})
+
+
+# Tiny encoders that all give 4×4 patches, with the pixels of their view.
+VISION_MODELS = {
+    "siglip_vision_model": ({"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 7}, 28),
+    "vit": ({"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 7}, 28),
+    "clip_vision_model": ({"hidden_size": 16, "intermediate_size": 24, "image_size": 28, "patch_size": 7}, 28),
+    "dinov2": ({"hidden_size": 12, "mlp_ratio": 2, "image_size": 20, "patch_size": 5}, 20),
+    "dinov2_with_registers": ({"hidden_size": 12, "mlp_ratio": 2, "image_size": 28, "patch_size": 7}, 28),
+    "swin": (
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 32, "patch_size": 4},
+        32,
+    ),
+    "convnext": ({"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32, "patch_size": 4}, 32),
+    "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}, 32),
+}
+# Parts of encoders that work on the pooled vector alone, which nobody asks for here.
+POOLERS = {"vit": "pooler.", "clip_vision_model": "post_layernorm.", "convnext": "layernorm."}
+
+
+def vision_settings(model_type: str) -> tuple[dict, int]:
+    settings, size = VISION_MODELS[model_type]
+    if "hidden_size" in settings:
+        settings = {"num_hidden_layers": 2, "num_attention_heads": 2, **settings}
+    return {"model_type": model_type, **settings}, size
+
+
+def model_with_encoders(semantic: str, spatial: str) -> AureaForConditionalGeneration:
+    (vision, size), (spatial_vision, spatial_size) = vision_settings(semantic), vision_settings(spatial)
+    config = tiny_config().to_dict() | {
+        "vision_config": vision,
+        "spatial_vision_config": spatial_vision,
+        "vision_image_size": size,
+        "spatial_vision_image_size": spatial_size,
+        "projector_hidden_size": None,
+    }
+    torch.manual_seed(0)
+    return AureaForConditionalGeneration(type(tiny_config())(**config)).eval()
+
+
+class TestVisionModels:
+    @pytest.mark.parametrize("place", ["vision_model", "spatial_vision_model"])
+    @pytest.mark.parametrize("model_type", VISION_MODELS)
+    def test_an_encoder_works_and_trains_in_either_place(self, model_type, place):
+        pair = (model_type, "dinov2") if place == "vision_model" else ("siglip_vision_model", model_type)
+        model = model_with_encoders(*pair)
+        config = model.config
+        assert config.grid_sizes == ((4, 4), (4, 4))
+        assert config.feature_sizes[place == "spatial_vision_model"] in (12, 16)
+        inputs = ragged_batch(config)
+        with torch.no_grad():
+            features = model.get_image_features(inputs["pixel_values"]).pooler_output
+            other = model.get_image_features(random_pixels(3, config, seed=1)).pooler_output
+        assert features.shape == (3, config.tokens_per_image, 32)
+        assert not torch.allclose(features, other)
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        encoder = getattr(model.model, place)
+        silent = [name for name, parameter in encoder.named_parameters() if parameter.grad is None]
+        assert all(name.startswith(POOLERS.get(model_type, "none")) for name in silent), silent
+
+    @pytest.mark.parametrize("model_type", VISION_MODELS)
+    def test_patches_keep_their_places(self, model_type):
+        # What is in the lower right corner of the picture must show most in the last patch.
+        model = model_with_encoders("siglip_vision_model", model_type)
+        encoder, size = model.model.spatial_vision_model, VISION_MODELS[model_type][1]
+        pixels = torch.zeros(1, 2, 3, *(max(sides) for sides in zip(*model.config.view_sizes)))
+        changed = pixels.clone()
+        changed[:, 1, :, size * 3 // 4 : size, size * 3 // 4 : size] = 3.0
+        with torch.no_grad():
+            difference = (
+                model.model._encode_view(encoder, changed, 1)[1] - model.model._encode_view(encoder, pixels, 1)[1]
+            )
+        assert difference.norm(dim=-1).flatten().argmax() == 15
+
+    @pytest.mark.parametrize("model_type", VISION_MODELS)
+    def test_a_model_of_these_encoders_is_saved_and_loaded(self, model_type, tmp_path):
+        model = model_with_encoders(model_type, "dinov2")
+        model.save_pretrained(tmp_path)
+        loaded = AureaForConditionalGeneration.from_pretrained(tmp_path).eval()
+        inputs = ragged_batch(model.config)
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
