@@ -45,7 +45,7 @@ def main():
         return_dict=True,
         return_tensors="pt",
     )
-    generated = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=None)
+    generated = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
     tokens = generated[0, inputs["input_ids"].shape[1] :]
     print(f"picture: {args.image}, pixel_values {tuple(inputs['pixel_values'].shape)}")
     print(f"prompt:  {args.prompt}")

@@ -224,7 +224,12 @@ class AureaConfig(PreTrainedConfig):
     @property
     def view_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width in pixels of view 0 (semantic encoder) and view 1 (spatial encoder)."""
-        view_0 = _pair(self.vision_image_size or self.vision_config.image_size)
+        size = self.vision_image_size or getattr(self.vision_config, "image_size", None)
+        if size is None:
+            raise ValueError(
+                f"`vision_config` ({self.vision_config.model_type}) has no `image_size`: give `vision_image_size`."
+            )
+        view_0 = _pair(size)
         if self.spatial_vision_image_size is not None:
             return view_0, _pair(self.spatial_vision_image_size)
         grid, stride = _grid(view_0, self.vision_config), _stride(self.spatial_vision_config)
@@ -252,14 +257,22 @@ class AureaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self._validate_encoders()
         self._validate_heads()
         self._validate_views()
         self._validate_cross_attention_layers()
 
+    def _validate_encoders(self):
+        for name in ("vision_config", "spatial_vision_config"):
+            if getattr(self, name).model_type == "siglip2_vision_model":
+                raise ValueError(
+                    f"`{name}` is siglip2_vision_model, the variant that takes flattened patches (NaFlex). Use "
+                    "siglip_vision_model, which carries SigLIP2 at a fixed resolution."
+                )
+
     def _validate_heads(self):
-        parts = [("text_config", self.text_config), ("vision_config", self.vision_config)]
-        parts.append(("spatial_vision_config", self.spatial_vision_config))
-        for name, config in parts:
+        for name in ("text_config", "vision_config", "spatial_vision_config"):
+            config = getattr(self, name)
             heads = getattr(config, "num_attention_heads", None)
             own_head_dim = getattr(config, "head_dim", None)
             if isinstance(heads, int) and own_head_dim is None and config.hidden_size % heads:
@@ -280,11 +293,6 @@ class AureaConfig(PreTrainedConfig):
             (self.vision_config, self.spatial_vision_config),
             self.view_sizes,
         ):
-            if config.model_type == "siglip2_vision_model":
-                raise ValueError(
-                    f"`{name}` is siglip2_vision_model, the variant that takes flattened patches (NaFlex). Use "
-                    "siglip_vision_model, which carries SigLIP2 at a fixed resolution."
-                )
             stride = _stride(config)
             if any(side < step or side % step for side, step in zip(size, stride)):
                 raise ValueError(f"The view of `{name}` is {size} pixels, not a multiple of its patches of {stride}.")

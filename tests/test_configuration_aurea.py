@@ -1,0 +1,88 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import json
+
+import pytest
+import torch
+from conftest import FIXTURES, TINY_TEXT, tiny_config
+from safetensors.torch import load_file
+from transformers import AutoConfig, LlamaConfig
+
+from transformers_aurea import AureaConfig, AureaFusionConfig
+
+
+def test_defaults_are_the_published_sizes():
+    config = AureaConfig()
+    assert config.feature_sizes == (1152, 1536)
+    assert config.view_sizes == ((224, 224), (224, 224))
+    assert config.grid_sizes == ((16, 16), (16, 16))
+    assert config.tokens_per_image == 256
+    assert config.projector_hidden_size == 12288
+    assert (config.cross_attention_num_heads, config.cross_attention_num_key_value_heads) == (24, 8)
+    assert (config.cross_attention_head_dim, config.cross_attention_intermediate_size) == (128, 8192)
+    assert (config.fusion_config.depth, config.fusion_config.radius) == (4, 3)
+    assert config.tie_word_embeddings
+
+
+def test_default_rotary_frequencies_are_the_recorded_ones_at_every_length():
+    parameters = AureaConfig().text_config.rope_parameters
+    assert parameters["short_factor"] == parameters["long_factor"]
+    exponents = torch.arange(0, 96, 2).float() / 96
+    frequencies = 1 / (torch.tensor(parameters["long_factor"]) * 10000**exponents)
+    recorded = load_file(FIXTURES / "rope_full.safetensors")["inv_freq"].flatten()
+    torch.testing.assert_close(frequencies, recorded, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "positions"),
+    [(1, [0, 1]), (4, [0, 2, 4]), (5, [0, 2, 4, 5]), (32, [*range(0, 32, 2), 32])],
+)
+def test_published_rule_of_block_positions(num_layers, positions):
+    assert tiny_config({"num_hidden_layers": num_layers}).cross_attention_positions == positions
+
+
+def test_block_positions_can_be_chosen():
+    assert tiny_config(cross_attention_layers=[3, 1]).cross_attention_positions == [1, 3]
+
+
+@pytest.mark.parametrize("config", [AureaConfig, tiny_config], ids=["published", "tiny"])
+def test_saving_and_loading_changes_nothing(config, tmp_path):
+    config = config()
+    config.save_pretrained(tmp_path)
+    assert AureaConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert type(AutoConfig.from_pretrained(tmp_path)) is AureaConfig
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert len(written["auto_map"]) == 6
+    assert written["fusion_config"]["model_type"] == "aurea_fusion"
+
+
+def test_parts_may_be_dictionaries_or_configurations():
+    text = LlamaConfig(**TINY_TEXT)
+    config = tiny_config()
+    mixed = AureaConfig(
+        text_config=text,
+        vision_config=config.vision_config.to_dict(),
+        spatial_vision_config=config.spatial_vision_config,
+        fusion_config=AureaFusionConfig(radius=1, depth=1),
+    )
+    assert mixed.text_config is text
+    assert mixed.vision_config.to_dict() == config.vision_config.to_dict()
+
+
+def test_the_spatial_view_defaults_to_the_size_that_gives_one_grid():
+    vision = {"model_type": "siglip_vision_model", "image_size": 384, "patch_size": 16}
+    config = AureaConfig(vision_config=vision)
+    assert config.view_sizes == ((384, 384), (336, 336))
+    assert config.grid_sizes == ((24, 24), (24, 24))
+
+
+def test_views_may_be_rectangular():
+    config = AureaConfig(vision_image_size=[224, 112], spatial_vision_image_size=[224, 112])
+    assert config.grid_sizes == ((16, 8), (16, 8))
+    assert config.tokens_per_image == 128
+
+
+@pytest.mark.parametrize("encoder", ["swin", "convnext", "resnet"])
+def test_encoders_of_stages_shrink_the_grid(encoder):
+    config = AureaConfig(vision_config={"model_type": encoder, "image_size": 224}, vision_image_size=224)
+    assert config.grid_sizes == ((7, 7), (7, 7))
+    assert config.view_sizes == ((224, 224), (98, 98))
