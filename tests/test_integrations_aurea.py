@@ -1,0 +1,629 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""The libraries around transformers, unmodified: Trainer, PEFT, TRL, accelerate's placement, the Hub, remote code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, random_pixels, tiny_config, tiny_model
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
+
+
+CODE_FILES = {
+    "configuration_aurea.py",
+    "fusion_aurea.py",
+    "image_processing_aurea.py",
+    "modeling_aurea.py",
+    "processing_aurea.py",
+    "spatial_range_attention_aurea.py",
+}
+MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
+PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+AUTO_MAP = {
+    "AutoConfig": "configuration_aurea.AureaConfig",
+    "AutoModel": "modeling_aurea.AureaModel",
+    "AutoModelForImageTextToText": "modeling_aurea.AureaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aurea.AureaForConditionalGeneration",
+    "AutoProcessor": "processing_aurea.AureaProcessor",
+    "AutoImageProcessor": "image_processing_aurea.AureaImageProcessor",
+}
+LANGUAGE_MODEL_TARGETS = r".*language_model.*self_attn\.(qkv_proj|o_proj)"
+CROSS_ATTENTION_TARGETS = r".*cross_attention_block\..*(q_proj|k_proj|v_proj|o_proj)"
+
+
+def load(folder: Path) -> AureaForConditionalGeneration:
+    return AureaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+def example_rows(count: int = 6) -> list[dict]:
+    """Conversations with one, two and no pictures in turn."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        num_images = (1, 2, 0)[index % 3]
+        pixels = generator.integers(0, 255, (num_images, 40, 50, 3), dtype=np.uint8)
+        content = "<|image|>" * num_images + f"What is {index}?"
+        text = f"<|user|>{content}<|end|><|assistant|>It is {index} again.<|end|>"
+        rows.append({"text": text, "images": [Image.fromarray(picture) for picture in pixels]})
+    return rows
+
+
+class Collator:
+    """All that the plain Trainer needs to be told."""
+
+    def __init__(self, processor: AureaProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict]) -> dict:
+        images = [row["images"] for row in rows]
+        inputs = self.processor(
+            images=images if any(images) else None,
+            text=[row["text"] for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        return inputs
+
+
+def training_arguments(folder: Path, **kwargs) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=3,
+        per_device_eval_batch_size=3,
+        learning_rate=2e-3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **kwargs,
+    )
+
+
+def logged_losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class TestTrainer:
+    @pytest.fixture(scope="class")
+    def run(self, converted, golden_processor, tmp_path_factory):
+        """A run of six steps with a checkpoint after the third."""
+        folder = tmp_path_factory.mktemp("trainer")
+        arguments = training_arguments(folder, max_steps=6, save_steps=3)
+        settings = {"train_dataset": example_rows(), "eval_dataset": example_rows(4)}
+        trainer = Trainer(load(converted), arguments, Collator(golden_processor), **settings)
+        trainer.train()
+        return trainer
+
+    def test_the_loss_falls(self, run):
+        losses = logged_losses(run)
+        assert len(losses) == 6
+        assert losses[-1] < losses[0] - 0.1
+
+    def test_a_resumed_run_ends_where_the_uninterrupted_one_does(self, run, converted, golden_processor, tmp_path):
+        arguments = training_arguments(tmp_path, max_steps=6, save_strategy="no")
+        trainer = Trainer(
+            load(converted), arguments, Collator(golden_processor), train_dataset=example_rows()
+        )
+        trainer.train(resume_from_checkpoint=str(Path(run.args.output_dir) / "checkpoint-3"))
+        assert trainer.state.global_step == 6
+        assert logged_losses(trainer)[-3:] == pytest.approx(logged_losses(run)[-3:], abs=1e-5)
+        weights = run.model.state_dict()
+        for name, tensor in trainer.model.state_dict().items():
+            torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_a_checkpoint_is_a_complete_folder_without_pickled_weights(self, run):
+        folder = Path(run.args.output_dir) / "checkpoint-3"
+        assert MODEL_FILES | CODE_FILES <= {path.name for path in folder.iterdir()}
+        assert not {path.name for path in folder.glob("*.bin")} - {"training_args.bin"}
+
+    def test_evaluation(self, run):
+        metrics = run.evaluate()
+        assert 0 < metrics["eval_loss"] < logged_losses(run)[0]
+
+    def test_prediction_gathers_the_logits_and_nothing_else(self, run):
+        gathered = []
+        prediction_step = run.prediction_step
+        run.prediction_step = lambda *args, **kwargs: gathered.append(prediction_step(*args, **kwargs)) or gathered[-1]
+        try:
+            output = run.predict(example_rows(4))
+        finally:
+            del run.prediction_step
+        assert len(gathered) == 2
+        for loss, logits, labels in gathered:
+            assert loss.ndim == 0
+            assert logits.shape == (*labels.shape, run.model.config.text_config.vocab_size)
+        assert isinstance(output.predictions, np.ndarray)
+        assert output.predictions.shape[:2] == output.label_ids.shape
+        assert len(output.predictions) == 4
+
+    def test_the_saved_model_gives_the_same_logits(self, run, golden_processor, tmp_path):
+        run.save_model(str(tmp_path))
+        inputs = Collator(golden_processor)(example_rows(3))
+        loaded = load(tmp_path).eval()
+        run.model.eval()
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).logits, run.model(**inputs).logits)
+        assert not list(tmp_path.glob("pytorch_model*"))
+
+    @pytest.mark.parametrize("kinds", [(2,), (0, 1)], ids=["text only", "pictures only"])
+    def test_batches_of_one_kind_train_too(self, kinds, converted, golden_processor, tmp_path):
+        rows = [row for index, row in enumerate(example_rows()) if index % 3 in kinds]
+        arguments = training_arguments(tmp_path, max_steps=3, save_strategy="no", gradient_accumulation_steps=2)
+        trainer = Trainer(load(converted), arguments, Collator(golden_processor), train_dataset=rows)
+        trainer.train()
+        losses = logged_losses(trainer)
+        assert losses[-1] < losses[0]
+
+
+def lora_model(model: AureaForConditionalGeneration, targets: str, **kwargs):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=targets, **kwargs))
+
+
+def train_steps(model, inputs: dict, steps: int = 3, lr: float = 1e-2) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+class TestPeft:
+    @pytest.fixture
+    def inputs(self, golden_processor):
+        return Collator(golden_processor)(example_rows(3))
+
+    @pytest.mark.parametrize(
+        ("targets", "names"),
+        [
+            (LANGUAGE_MODEL_TARGETS, {"language_model": 10}),
+            (CROSS_ATTENTION_TARGETS, {"cross_attention_block": 16}),
+            ("all-linear", {"language_model": 48, "vision_model": 33, "cross_attention_block": 28}),
+        ],
+        ids=["language model", "cross-attention", "all-linear"],
+    )
+    def test_lora_trains_its_targets_and_nothing_else(self, converted, inputs, targets, names):
+        pytest.importorskip("peft")
+        base = load(converted)
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        model = lora_model(base, targets)
+        adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+        for part, count in names.items():
+            assert sum(part in name for name in adapted) == count, part
+        losses = train_steps(model, inputs)
+        assert losses[0] > losses[1] > losses[2]
+        silent = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert silent == []
+        with model.disable_adapter():
+            for name, tensor in model.base_model.model.state_dict().items():
+                if "lora_" not in name:
+                    assert torch.equal(tensor, before[name.replace(".base_layer", "")]), name
+
+    def test_an_adapter_on_the_text_leaves_the_encoders_without_activations(self, converted, inputs):
+        pytest.importorskip("peft")
+        model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS)
+        outputs = []
+        aurea = model.base_model.model.model
+        for encoder in (aurea.vision_model, aurea.spatial_vision_model):
+            encoder.register_forward_hook(lambda _, args, output: outputs.append(output.last_hidden_state))
+        model.train()(**inputs).loss.backward()
+        assert len(outputs) == 2 and not any(output.requires_grad for output in outputs)
+
+    def test_an_adapter_is_saved_loaded_and_merged(self, converted, golden_processor, inputs, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS + "|" + CROSS_ATTENTION_TARGETS)
+        train_steps(model, inputs)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        model.save_pretrained(tmp_path / "adapter")
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+        assert not list((tmp_path / "adapter").glob("*.bin"))
+
+        fresh = peft.PeftModel.from_pretrained(load(converted), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            assert torch.equal(fresh(**inputs).logits, expected)
+        merged = fresh.merge_and_unload()
+        with torch.no_grad():
+            torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=0)
+            expected = merged(**inputs).logits
+        folder = tmp_path / "merged"
+        merged.save_pretrained(folder)
+        golden_processor.save_pretrained(folder)
+        names = {path.name for path in folder.iterdir()}
+        assert MODEL_FILES | CODE_FILES | PROCESSOR_FILES <= names
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
+
+        save_file(dict(inputs), tmp_path / "inputs.safetensors")
+        run_without_package(LOGITS_SCRIPT, tmp_path, folder)
+        torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("targets", [LANGUAGE_MODEL_TARGETS, CROSS_ATTENTION_TARGETS], ids=["text", "blocks"])
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_changes_no_gradient(self, converted, inputs, use_reentrant, targets):
+        pytest.importorskip("peft")
+        model = lora_model(load(converted), targets, init_lora_weights=False).train()
+
+        def gradients():
+            model.zero_grad()
+            model(**inputs).loss.backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+        expected = gradients()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+        for name, gradient in gradients().items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        assert all(gradient.any() for gradient in expected.values())
+
+    def test_an_adapted_model_generates(self, converted, golden_processor):
+        pytest.importorskip("peft")
+        model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS, init_lora_weights=False).eval()
+        rows = example_rows(3)
+        prompts = [row["text"].partition("It is")[0] for row in rows]
+        images = [row["images"] for row in rows]
+        inputs = golden_processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "suppress_tokens": [305]}
+        tokens = model.generate(**inputs, **settings)
+        assert torch.equal(tokens, model.generate(**inputs, **settings, use_cache=False))
+        assert torch.equal(tokens, model.merge_and_unload().generate(**inputs, **settings))
+
+
+def conversations(kind: str):
+    """A dataset as TRL wants it: messages, and a column of images that is empty where there are none."""
+    from datasets import Dataset
+
+    rows = []
+    for index, row in enumerate(example_rows()):
+        question = [{"role": "user", "content": f"What is {index}?"}]
+        answer = [{"role": "assistant", "content": f"It is {index} again."}]
+        if kind == "messages":
+            rows.append({"messages": question + answer, "images": row["images"]})
+        elif kind == "text":
+            rows.append(row)
+        else:
+            rows.append({"prompt": question, "completion": answer, "images": row["images"]})
+    return Dataset.from_list(rows)
+
+
+class TestTrl:
+    def sft(self, model, processor, folder: Path, kind: str, peft_config=None, **kwargs):
+        trl = pytest.importorskip("trl")
+        pytest.importorskip("datasets")
+        settings = {"max_length": None, "max_steps": 4, "save_strategy": "no", "learning_rate": 2e-3, **kwargs}
+        arguments = trl.SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            **settings,
+        )
+        return trl.SFTTrainer(
+            model, arguments, train_dataset=conversations(kind), processing_class=processor, peft_config=peft_config
+        )
+
+    @pytest.mark.parametrize(
+        ("kind", "settings"),
+        [
+            ("messages", {}),
+            ("messages", {"assistant_only_loss": True}),
+            ("messages", {"gradient_checkpointing": False}),
+            ("prompt", {}),
+            ("text", {}),
+        ],
+        ids=["conversations", "assistant-only loss", "without checkpointing", "prompt and completion", "text"],
+    )
+    def test_supervised_fine_tuning(self, converted, tmp_path, kind, settings):
+        processor = AureaProcessor.from_pretrained(converted)
+        trainer = self.sft(load(converted), processor, tmp_path, kind, **settings)
+        trainer.train()
+        losses = logged_losses(trainer)
+        assert len(losses) == 4 and np.isfinite(losses).all()
+        assert losses[-1] < losses[0]
+
+    def test_rows_keep_their_pictures_in_the_collator(self, converted, tmp_path):
+        processor = AureaProcessor.from_pretrained(converted)
+        trainer = self.sft(load(converted), processor, tmp_path, "messages", assistant_only_loss=True)
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+        assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 2, 0]
+        assert batch["pixel_values"].shape[0] == 3
+        trained = [processor.decode(row[row != -100]) for row in batch["labels"]]
+        assert trained == [f"It is {index} again.<|end|>" for index in range(3)]
+
+    def test_supervised_fine_tuning_of_an_adapter(self, converted, tmp_path):
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=4, target_modules=LANGUAGE_MODEL_TARGETS)
+        processor = AureaProcessor.from_pretrained(converted)
+        trainer = self.sft(load(converted), processor, tmp_path, "messages", adapter, learning_rate=2e-2)
+        trainer.train()
+        losses = logged_losses(trainer)
+        assert losses[-1] < losses[0]
+        trainer.save_model(str(tmp_path / "adapter"))
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+class TestPushToHub:
+    @pytest.fixture
+    def uploads(self, monkeypatch):
+        """What would be uploaded, by path in the repository."""
+        import huggingface_hub
+        from transformers.utils import hub
+
+        files = {}
+
+        def create_commit(self, repo_id, operations, **kwargs):
+            for operation in operations:
+                files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+        def create_repo(self, repo_id, **kwargs):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+        monkeypatch.setattr(
+            hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard("---\n---\n# Aurea\n")
+        )
+        return files
+
+    def test_model_and_processor_make_a_complete_repository(self, golden_model, golden_processor, uploads, tmp_path):
+        golden_model.push_to_hub("someone/aurea")
+        assert MODEL_FILES | CODE_FILES <= uploads.keys()
+        golden_processor.push_to_hub("someone/aurea")
+        assert uploads.keys() - {"README.md"} == MODEL_FILES | CODE_FILES | PROCESSOR_FILES
+        config = json.loads(uploads["config.json"])
+        assert config["auto_map"] == AUTO_MAP
+        assert config["architectures"] == ["AureaForConditionalGeneration"]
+        assert "generation %}" in uploads["chat_template.jinja"].decode() or "generation -%}" in (
+            uploads["chat_template.jinja"].decode()
+        )
+
+        for name, content in uploads.items():
+            (tmp_path / name).write_bytes(content)
+        loaded = load(tmp_path)
+        for (name, left), (_, right) in zip(loaded.state_dict().items(), golden_model.state_dict().items()):
+            assert torch.equal(left, right), name
+
+    def test_the_processor_alone_brings_its_code(self, golden_processor, uploads):
+        golden_processor.push_to_hub("someone/processor")
+        assert PROCESSOR_FILES | {"processing_aurea.py", "image_processing_aurea.py"} <= uploads.keys()
+        auto_map = json.loads(uploads["processor_config.json"])["auto_map"]
+        assert auto_map["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
+
+
+# Stands for a machine on which this package was never installed, also where it is (CI installs it as editable).
+WITHOUT_PACKAGE = """
+import importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers_aurea":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import transformers_aurea
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the package can be imported")
+"""
+
+LOGITS_SCRIPT = """
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
+with torch.no_grad():
+    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "logits.safetensors")
+"""
+
+REMOTE_SCRIPT = """
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor,
+    AutoTokenizer, pipeline,
+)
+
+folder, picture, message = sys.argv[1:]
+settings = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **settings)
+processor = AutoProcessor.from_pretrained(folder, **settings)
+image_processor = AutoImageProcessor.from_pretrained(folder, **settings)
+tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+base = AutoModel.from_pretrained(folder, dtype=torch.float32, **settings).eval()
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **settings).eval()
+multimodal = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
+
+image = Image.open(picture)
+inputs = processor(images=image, text=message, return_tensors="pt")
+greedy = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+with torch.no_grad():
+    logits = model(**inputs).logits
+    same = {
+        "base": torch.equal(model.lm_head(base(**inputs).last_hidden_state), logits),
+        "multimodal": torch.equal(multimodal(**inputs).logits, logits),
+        "pixels": torch.equal(image_processor(image, return_tensors="pt")["pixel_values"], inputs["pixel_values"]),
+        "ids": tokenizer(message, add_special_tokens=False)["input_ids"] == inputs["input_ids"][0].tolist(),
+    }
+save_file(dict(inputs), "inputs.safetensors")
+save_file({"logits": logits, "tokens": model.generate(**inputs, **greedy)}, "results.safetensors")
+model.save_pretrained("again")
+processor.save_pretrained("again")
+
+chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}]
+answer = pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype=torch.float32)
+answers = answer(text=chat, max_new_tokens=8, generate_kwargs={"do_sample": False}, return_full_text=False)
+template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+asked = processor.apply_chat_template(chat, **template)
+tokens = model.generate(**asked, max_new_tokens=8, do_sample=False)[:, asked["input_ids"].shape[1] :]
+report = {
+    "same": same,
+    "classes": [type(thing).__name__ for thing in (config, base, model, multimodal, processor, image_processor)],
+    "module": type(model).__module__,
+    "answer": answers[0]["generated_text"],
+    "expected answer": processor.decode(tokens[0], skip_special_tokens=True),
+}
+open("report.json", "w").write(json.dumps(report))
+"""
+
+
+def run_without_package(script: str, folder: Path, *arguments) -> None:
+    """Runs a script in a fresh process, offline, in `folder`, where this package cannot be imported."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+class TestRemoteCode:
+    @pytest.fixture(scope="class")
+    def remote(self, converted, facts, tmp_path_factory) -> Path:
+        """The folder in which a process without the package has loaded, run and saved the converted model."""
+        folder = tmp_path_factory.mktemp("remote")
+        run_without_package(REMOTE_SCRIPT, folder, converted, FIXTURES / "image_rgb.png", facts["message_image"])
+        return folder
+
+    def test_every_auto_class_loads_the_folder_and_agrees(self, remote):
+        report = json.loads((remote / "report.json").read_text())
+        generative = "AureaForConditionalGeneration"
+        names = ["AureaConfig", "AureaModel", generative, generative, "AureaProcessor", "AureaImageProcessor"]
+        assert report["classes"] == names
+        assert report["module"].startswith("transformers_modules.")
+        assert report["same"] == dict.fromkeys(("base", "multimodal", "pixels", "ids"), True)
+
+    def test_greedy_tokens_are_the_recorded_ones(self, remote, goldens):
+        results, inputs = load_file(remote / "results.safetensors"), load_file(remote / "inputs.safetensors")
+        prompt_length = inputs["input_ids"].shape[1]
+        assert torch.equal(results["tokens"][:, prompt_length:], goldens["gen/greedy_image/tokens"])
+        recorded = goldens["text/logits_image_prompt_last48"]
+        torch.testing.assert_close(results["logits"][:, -48:], recorded, atol=1e-4, rtol=0)
+
+    def test_pipeline_answers_a_chat_with_a_picture(self, remote):
+        report = json.loads((remote / "report.json").read_text())
+        assert report["answer"] == report["expected answer"] != ""
+
+    def test_what_it_saves_is_complete_and_loads_in_yet_another_process(self, remote):
+        folder = remote / "again"
+        names = {path.name for path in folder.iterdir()}
+        assert MODEL_FILES | CODE_FILES | PROCESSOR_FILES <= names
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+        run_without_package(LOGITS_SCRIPT, remote, folder)
+        logits = load_file(remote / "logits.safetensors")["logits"]
+        assert torch.equal(logits, load_file(remote / "results.safetensors")["logits"])
+        for name in CODE_FILES:
+            source = Path(sys.modules["transformers_aurea"].__file__).parent / name
+            assert (folder / name).read_text() == source.read_text()
+
+
+class TestPipeline:
+    def test_a_chat_with_two_pictures_and_one_without(self, golden_model, golden_processor, pictures):
+        from transformers import pipeline
+
+        ask = pipeline("image-text-to-text", model=golden_model, processor=golden_processor)
+        image = {"type": "image", "image": pictures["rgb"]}
+        text = {"type": "text", "text": "What is it?"}
+        settings = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}, "return_full_text": False}
+        for content in ([image, image, text], [text]):
+            answer = ask(text=[{"role": "user", "content": content}], **settings)
+            assert isinstance(answer[0]["generated_text"], str)
+
+
+class TestPlacement:
+    @pytest.fixture(scope="class")
+    def saved(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("saved")
+        model = tiny_model()
+        model.save_pretrained(folder)
+        inputs = {"input_ids": torch.arange(3, 12)[None], "pixel_values": random_pixels(2, model.config)}
+        inputs["input_ids"][0, [1, 4]] = model.config.image_token_id
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        return folder, inputs, logits
+
+    def test_one_device(self, saved):
+        folder, inputs, expected = saved
+        model = AureaForConditionalGeneration.from_pretrained(folder, device_map={"": "cpu"}).eval()
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+
+    def test_offloaded_to_disk(self, saved, tmp_path):
+        folder, inputs, expected = saved
+        device_map = {
+            "model.vision_model": "cpu",
+            "model.spatial_vision_model": "disk",
+            "model.fusion": "disk",
+            "model.multi_modal_projector": "cpu",
+            "model.language_model": "disk",
+            "lm_head": "cpu",
+        }
+        model = AureaForConditionalGeneration.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+        model.eval()
+        assert {p.device.type for p in model.model.language_model.parameters()} == {"meta"}
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+        settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+        whole = AureaForConditionalGeneration.from_pretrained(folder).eval()
+        assert torch.equal(model.generate(**inputs, **settings), whole.generate(**inputs, **settings))
+
+    def test_automatic_map_offloads_what_does_not_fit(self, saved, tmp_path):
+        folder, inputs, expected = saved
+        model = AureaForConditionalGeneration.from_pretrained(
+            folder, device_map="auto", max_memory={"cpu": 150_000}, offload_folder=tmp_path
+        ).eval()
+        assert {"cpu", "disk"} == set(map(str, model.hf_device_map.values()))
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, expected)
+
+    def test_automatic_map_splits_no_layer_and_no_attention_of_the_fusion(self):
+        from accelerate import infer_auto_device_map, init_empty_weights
+
+        with init_empty_weights():
+            model = AureaForConditionalGeneration(tiny_config())
+        whole = {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
+        assert {f"model.language_model.layers.{index}" for index in range(3)} <= whole
+        size = sum(p.numel() * 4 for p in model.parameters())
+        for part in range(1, 20):
+            device_map = infer_auto_device_map(
+                model,
+                max_memory={"cpu": size * part // 20, "disk": 10 * size},
+                no_split_module_classes=list(model._no_split_modules),
+            )
+            assert not [name for name in device_map if any(name.startswith(f"{module}.") for module in whole)]
+
+
+class TestFiles:
+    def test_weights_are_safetensors_only(self, golden_model, tmp_path):
+        golden_model.save_pretrained(tmp_path, max_shard_size="500KB")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert "model.safetensors.index.json" in names
+        assert {Path(name).suffix for name in names} == {".json", ".py", ".safetensors"}
+        loaded = load(tmp_path)
+        for (name, left), (_, right) in zip(loaded.state_dict().items(), golden_model.state_dict().items()):
+            assert torch.equal(left, right), name
