@@ -1,10 +1,12 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Any decoder as language model and any encoder in either place, in tiny sizes."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from transformers_aurea import AureaForConditionalGeneration
 
@@ -33,11 +35,65 @@ LANGUAGE_MODELS = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
 
+# Layers without attention, a head with a bias or of another width, logits that are multiplied: the logits only.
+FURTHER_LANGUAGE_MODELS = {
+    "falcon_h1": {
+        "lm_head_multiplier": 3.0,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 5},
+    "hyperclovax": {"logits_scaling": 3.0},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "phimoe": {"num_local_experts": 4, "lm_head_bias": True},
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 16,
+    },
+}
+
 families = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 
 
+@cache
 def family_model(family: str) -> AureaForConditionalGeneration:
+    """Built once per family; only for tests that leave it as it is."""
     return tiny_model({"model_type": family, **LANGUAGE_MODELS[family]})
+
+
+def with_bare_weights(settings: dict) -> tuple[AureaForConditionalGeneration, PreTrainedModel]:
+    """An Aurea of the language model given, and that language model on its own, with equal random weights."""
+    config = tiny_config(settings)
+    model = AureaForConditionalGeneration(config).eval()
+    bare = AutoModelForCausalLM.from_config(config.text_config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in bare.parameters():  # biases and norms too, which start at zero or one
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    keys = model.model.language_model.load_state_dict(bare.base_model.state_dict(), strict=False)
+    assert not keys.unexpected_keys
+    assert all("cross_attention_block" in key for key in keys.missing_keys)
+    model.lm_head.load_state_dict(bare.get_output_embeddings().state_dict())
+    return model, bare
+
+
+def left_padded_text() -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :3] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def ragged_batch(config):
@@ -60,31 +116,26 @@ def generate(model, **kwargs):
 class TestLanguageModels:
     @families
     def test_text_only_is_the_bare_language_model_bit_for_bit(self, family):
-        model = family_model(family)
-        bare = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-        generator = torch.Generator().manual_seed(0)
+        model, bare = with_bare_weights({"model_type": family, **LANGUAGE_MODELS[family]})
+        text = left_padded_text()
         with torch.no_grad():
-            for parameter in bare.parameters():  # biases and norms too, which start at zero or one
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        keys = model.model.language_model.load_state_dict(bare.base_model.state_dict(), strict=False)
-        assert not keys.unexpected_keys
-        assert all("cross_attention_block" in key for key in keys.missing_keys)
-        model.lm_head.load_state_dict(bare.get_output_embeddings().state_dict())
-        input_ids = torch.randint(3, 90, (2, 9), generator=generator)
-        mask = torch.ones_like(input_ids)
-        mask[0, :3] = 0
+            expected = bare(**text).logits
+            assert torch.equal(model(**text).logits, expected)
+            assert torch.equal(model(**text, pixel_values=random_pixels(1, model.config)[:0]).logits, expected)
+        assert torch.equal(generate(model, **text), generate(bare, **text))
+
+    @pytest.mark.parametrize("family", FURTHER_LANGUAGE_MODELS)
+    def test_unusual_heads_give_the_bare_language_models_logits(self, family):
+        if family not in CONFIG_MAPPING:
+            pytest.skip(f"this transformers has no {family}")
+        model, bare = with_bare_weights({"model_type": family, **FURTHER_LANGUAGE_MODELS[family]})
+        text = left_padded_text()
         with torch.no_grad():
-            expected = bare(input_ids=input_ids, attention_mask=mask).logits
-            assert torch.equal(model(input_ids=input_ids, attention_mask=mask).logits, expected)
-            pixel_values = random_pixels(1, model.config)[:0]
-            logits = model(input_ids=input_ids, attention_mask=mask, pixel_values=pixel_values).logits
-            assert torch.equal(logits, expected)
-        tokens = generate(model, input_ids=input_ids, attention_mask=mask)
-        assert torch.equal(tokens, generate(bare, input_ids=input_ids, attention_mask=mask))
+            assert torch.equal(model(**text).logits, bare(**text).logits)
 
     @families
     def test_a_mixed_batch_trains(self, family):
-        model = family_model(family).train()
+        model = tiny_model({"model_type": family, **LANGUAGE_MODELS[family]}).train()
         inputs = ragged_batch(model.config)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -103,11 +154,11 @@ class TestLanguageModels:
         model = family_model(family)
         inputs = ragged_batch(model.config)
         cached = generate(model, **inputs)
-        assert torch.equal(cached, generate(model, **inputs, use_cache=False))
         pixels = inputs["pixel_values"]
         for row, own in enumerate((pixels[:1], pixels[1:], None)):
             real = inputs["attention_mask"][row].bool()
-            alone = generate(model, input_ids=inputs["input_ids"][row : row + 1, real], pixel_values=own)
+            input_ids = inputs["input_ids"][row : row + 1, real]
+            alone = generate(model, input_ids=input_ids, pixel_values=own, use_cache=False)
             assert torch.equal(alone[0], cached[row, (~real).sum() :])
 
     @families
@@ -115,7 +166,9 @@ class TestLanguageModels:
         model = family_model(family)
         inputs = ragged_batch(model.config)
         settings = {"num_beams": 3, "num_return_sequences": 2}
-        assert torch.equal(generate(model, **inputs, **settings), generate(model, **inputs, **settings, use_cache=False))
+        assert torch.equal(
+            generate(model, **inputs, **settings), generate(model, **inputs, **settings, use_cache=False)
+        )
 
     @families
     def test_the_picture_shows_at_every_cached_step(self, family):

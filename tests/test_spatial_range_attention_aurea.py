@@ -223,6 +223,7 @@ def test_traced_and_inference_calls_leave_the_cache_usable():
     assert meta.shape == source.shape
     with torch.inference_mode():
         spatial_range_weights(guidance, sigma, 2)
+    assert not any(tile.entries.is_inference() for tile in op._tiles(guidance, 2))
     values = outputs_and_gradients(spatial_range_weights, neighborhood_aggregate, guidance, sigma, source, weights, 2)
     expected = outputs_and_gradients(reference_weights, reference_aggregate, guidance, sigma, source, weights, 2)
     for value, reference in zip(values, expected):

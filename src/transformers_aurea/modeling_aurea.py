@@ -16,9 +16,9 @@ picture the blocks are not run at all: text alone gives the decoder's own logits
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
@@ -270,6 +270,19 @@ class VisualStatesCacheMixin:
         self.visual = DynamicCache()  # without a config: with one, sliding windows would cut it
         self.num_images = None
 
+    def count_images(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """Pictures at or before each token (batch, T), those of the cached text included, from its placeholders."""
+        counts = image_tokens.long().cumsum(dim=1)
+        if self.images_seen is not None:
+            counts = counts + self.images_seen[:, None]
+        if self.num_images is not None:  # a placeholder that was generated is no picture
+            counts = torch.minimum(counts, self.num_images[:, None])
+        if self.images_seen is not None and self.is_compileable:
+            self.images_seen.copy_(counts[:, -1])  # in place, as all of a static cache
+        else:
+            self.images_seen = counts[:, -1]
+        return counts
+
     def reset(self):
         super().reset()
         self.forget_visual_states()
@@ -295,7 +308,7 @@ class VisualStatesCacheMixin:
         self.images_seen = None if self.images_seen is None else function(self.images_seen)
 
 
-@cache
+@functools.cache
 def _woven_class(mixin: type, base: type) -> type:
     """The subclass of `base` with `mixin` in front, under the name of `base`, by which tools find decoder layers."""
     return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__reduce__": _reduce_woven})
@@ -317,6 +330,10 @@ def _weave_cache(cache: Cache):
         cache.__class__ = _woven_class(VisualStatesCacheMixin, type(cache))
         cache.images_seen = None
         cache.forget_visual_states()
+
+
+def _holds_visual_states(cache: Cache | None) -> bool:
+    return isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
 
 
 def _decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -618,38 +635,27 @@ class AureaModel(AureaPreTrainedModel):
     ) -> dict[str, torch.Tensor | DynamicCache | None]:
         """The keywords that the decoder hands to its layers; none where there is no picture, new or cached."""
         is_new = cross_attention_states is not None
+        if not is_new and not _holds_visual_states(cache):
+            self._warn_of_placeholders_without_pictures(image_tokens, cache)
+            return {}
         if is_new and cache is not None:
             _weave_cache(cache)
             cache.forget_visual_states()
             cache.num_images = num_images
-        elif not is_new and isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states:
-            num_images = cache.num_images
         elif not is_new:
-            self._warn_of_placeholders_without_pictures(image_tokens, cache)
-            return {}
+            num_images = cache.num_images
 
-        images_seen = image_tokens.sum(dim=1)
-        visible_images = image_tokens.long().cumsum(dim=1)
-        if cache is not None:
-            if cache.images_seen is not None:
-                images_seen = cache.images_seen + images_seen
-                visible_images = cache.images_seen[:, None] + visible_images
-            if num_images is not None:
-                images_seen = torch.minimum(images_seen, num_images)
-            if cache.images_seen is None or is_new:
-                cache.images_seen = images_seen
-            elif num_images is not None:
-                cache.images_seen.copy_(images_seen)
-
-        visual_inputs = {
-            "cross_attention_states": cross_attention_states,
-            "visual_cache": cache.visual if cache is not None else None,
-        }
+        visual_cache = cache.visual if cache is not None else None
+        visual_inputs = {"cross_attention_states": cross_attention_states, "visual_cache": visual_cache}
+        if cache is None:
+            visible_images = image_tokens.long().cumsum(dim=1)
+        elif is_new or num_images is not None:
+            visible_images = cache.count_images(image_tokens)
         if num_images is not None:
             # Tokens before the first placeholder see the first picture. A row without one is given an empty picture to
             # look at, so that no softmax runs over nothing, and its result is discarded.
             visible_images = torch.minimum(visible_images, num_images[:, None]).clamp(min=1)
-            states = cross_attention_states if is_new else cache.visual.layers[0].keys[:, 0]
+            states = cross_attention_states if is_new else visual_cache.layers[0].keys[:, 0]
             visual_inputs["cross_attention_mask"] = self._cross_attention_mask(visible_images, states)
             visual_inputs["rows_with_image"] = (num_images > 0)[:, None, None]
         return visual_inputs
@@ -788,7 +794,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         )
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
-        is_cached = isinstance(past_key_values, VisualStatesCacheMixin) and past_key_values.has_visual_states
+        is_cached = _holds_visual_states(past_key_values)
         if cross_attention_states is not None and not is_cached:
             model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
         elif cross_attention_states is None and pixel_values is not None and not is_cached:
@@ -812,7 +818,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
         pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
         cache = model_kwargs.get("past_key_values")
-        has_cached_states = isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
+        has_cached_states = _holds_visual_states(cache)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
             # in the first round; after that its cache knows.
