@@ -403,7 +403,7 @@ class AureaPreTrainedModel(PreTrainedModel):
     # The published precision: both encoders and the width of every Gaussian stay in float32. The strict list is for
     # loading in any half precision; quantisers read the other one, from the start of a module's full name.
     _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model", "sigma_spatial"]
-    _keep_in_fp32_modules = [*_keep_in_fp32_modules_strict, "model.vision_model", "model.spatial_vision_model"]
+    _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model"]
 
     @property
     def dtype(self) -> torch.dtype:
