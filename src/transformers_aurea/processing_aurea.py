@@ -105,6 +105,8 @@ class AureaProcessor(ProcessorMixin):
                 f"model's embeddings to fit"
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        # Saving sets it, loading drops it; a processor saved and loaded is to be the one that it was.
+        self.auto_map = {"AutoProcessor": "processing_aurea.AureaProcessor"}
 
     def __call__(
         self,
