@@ -134,6 +134,19 @@ def test_norm_epsilons(goldens, fusion):
     assert relative_error(features, goldens["lowvar/sr_features_from_encoder_features_times_2e-3"]) < 3e-6
 
 
+def test_positions_whose_weights_vanish_stay_finite(fusion):
+    """A narrow spatial kernel leaves only the position itself, and a larger neighbour takes all of its softmax."""
+    layer = fusion.semantic_layers[0]
+    with torch.no_grad():
+        layer.sigma_spatial.fill_(1e-3)
+        layer.range_proj.fc2.bias.fill_(1e3)
+    kernels = record_outputs({"kernel": layer.spatial_range_weights})
+    _, spatial = random_maps(6, 6)
+    output = layer(spatial, spatial)
+    assert (kernels["kernel"].sum(-1) == 0).any()
+    assert output.isfinite().all()
+
+
 def test_bfloat16_is_at_least_as_exact_as_the_original(goldens, fusion):
     expected = goldens["sr/sr_features"]
     original = load_file(FIXTURES / "goldens_bf16.safetensors")["sr/sr_features"]

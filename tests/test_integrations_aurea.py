@@ -187,6 +187,30 @@ def train_steps(model, inputs: dict, steps: int = 3, lr: float = 1e-2) -> list[f
     return losses
 
 
+@pytest.fixture(scope="module")
+def merged(converted, golden_processor, tmp_path_factory) -> dict:
+    """An adapter trained and saved, then merged and saved with its processor; and the logits of both."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("lora")
+    inputs = Collator(golden_processor)(example_rows(3))
+    model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS + "|" + CROSS_ATTENTION_TARGETS)
+    train_steps(model, inputs)
+    model.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        adapted_logits = model(**inputs).logits
+        model = model.merge_and_unload()
+        logits = model(**inputs).logits
+    model.save_pretrained(folder / "merged")
+    golden_processor.save_pretrained(folder / "merged")
+    return {
+        "inputs": inputs,
+        "adapter": folder / "adapter",
+        "adapted logits": adapted_logits,
+        "folder": folder / "merged",
+        "logits": logits,
+    }
+
+
 class TestPeft:
     @pytest.fixture
     def inputs(self, golden_processor):
@@ -228,34 +252,21 @@ class TestPeft:
         model.train()(**inputs).loss.backward()
         assert len(outputs) == 2 and not any(output.requires_grad for output in outputs)
 
-    def test_an_adapter_is_saved_loaded_and_merged(self, converted, golden_processor, inputs, tmp_path):
+    def test_a_saved_adapter_gives_the_same_logits_on_a_fresh_model(self, merged, converted):
         peft = pytest.importorskip("peft")
-        model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS + "|" + CROSS_ATTENTION_TARGETS)
-        train_steps(model, inputs)
+        adapter = merged["adapter"]
+        assert (adapter / "adapter_model.safetensors").is_file()
+        assert not list(adapter.glob("*.bin"))
+        fresh = peft.PeftModel.from_pretrained(load(converted), adapter).eval()
         with torch.no_grad():
-            expected = model(**inputs).logits
-        model.save_pretrained(tmp_path / "adapter")
-        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-        assert not list((tmp_path / "adapter").glob("*.bin"))
+            assert torch.equal(fresh(**merged["inputs"]).logits, merged["adapted logits"])
 
-        fresh = peft.PeftModel.from_pretrained(load(converted), tmp_path / "adapter").eval()
-        with torch.no_grad():
-            assert torch.equal(fresh(**inputs).logits, expected)
-        merged = fresh.merge_and_unload()
-        with torch.no_grad():
-            torch.testing.assert_close(merged(**inputs).logits, expected, atol=1e-4, rtol=0)
-            expected = merged(**inputs).logits
-        folder = tmp_path / "merged"
-        merged.save_pretrained(folder)
-        golden_processor.save_pretrained(folder)
-        names = {path.name for path in folder.iterdir()}
-        assert names >= ALL_FILES
+    def test_a_merged_model_is_a_complete_folder(self, merged):
+        torch.testing.assert_close(merged["logits"], merged["adapted logits"], atol=1e-4, rtol=0)
+        folder = merged["folder"]
+        assert {path.name for path in folder.iterdir()} >= ALL_FILES
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
         assert not any("lora" in name for name in load_file(folder / "model.safetensors"))
-
-        save_file(dict(inputs), tmp_path / "inputs.safetensors")
-        run_without_package(LOGITS_SCRIPT, tmp_path, folder)
-        torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], expected, atol=1e-5, rtol=0)
 
     def test_a_module_trained_in_full_beside_the_adapter_is_saved_with_it(self, converted, inputs, tmp_path):
         peft = pytest.importorskip("peft")
@@ -266,6 +277,12 @@ class TestPeft:
         fresh = peft.PeftModel.from_pretrained(load(converted), tmp_path).eval()
         with torch.no_grad():
             assert torch.equal(fresh(**inputs).logits, model(**inputs).logits)
+
+    def test_an_adapter_on_the_blocks_takes_a_text_only_step_as_one_of_no_gradient(self, converted, golden_processor):
+        pytest.importorskip("peft")
+        model = lora_model(load(converted), CROSS_ATTENTION_TARGETS).train()
+        model(**Collator(golden_processor)(example_rows(3)[2:])).loss.backward()
+        assert not any(p.grad.any() for p in model.parameters() if p.requires_grad)
 
     @pytest.mark.parametrize("targets", [LANGUAGE_MODEL_TARGETS, CROSS_ATTENTION_TARGETS], ids=["text", "blocks"])
     @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -321,7 +338,7 @@ class TestTrl:
     def sft(self, model, processor, folder: Path, kind: str, peft_config=None, **kwargs):
         trl = pytest.importorskip("trl")
         pytest.importorskip("datasets")
-        settings = {"max_length": None, "max_steps": 4, "save_strategy": "no", "learning_rate": 2e-3, **kwargs}
+        settings = {"max_length": None, "max_steps": 3, "save_strategy": "no", "learning_rate": 5e-3, **kwargs}
         arguments = trl.SFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=3,
@@ -341,18 +358,17 @@ class TestTrl:
         [
             ("messages", {}),
             ("messages", {"assistant_only_loss": True}),
-            ("messages", {"gradient_checkpointing": False}),
             ("prompt", {}),
             ("text", {"remove_unused_columns": False}),
         ],
-        ids=["conversations", "assistant-only loss", "without checkpointing", "prompt and completion", "text"],
+        ids=["conversations", "assistant-only loss", "prompt and completion", "text"],
     )
     def test_supervised_fine_tuning(self, converted, tmp_path, kind, settings):
         processor = AureaProcessor.from_pretrained(converted)
         trainer = self.sft(load(converted), processor, tmp_path, kind, **settings)
         trainer.train()
         losses = logged_losses(trainer)
-        assert len(losses) == 4 and np.isfinite(losses).all()
+        assert len(losses) == 3 and np.isfinite(losses).all()
         assert losses[-1] < losses[0]
 
     def test_rows_keep_their_pictures_in_the_collator(self, converted, tmp_path):
@@ -374,6 +390,60 @@ class TestTrl:
         assert losses[-1] < losses[0]
         trainer.save_model(str(tmp_path / "adapter"))
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+    def preferences(self, *columns: str):
+        from datasets import Dataset
+
+        rows = []
+        for index, row in enumerate(example_rows()):
+            content = [{"type": "image"}] * len(row["images"]) + [{"type": "text", "text": f"What is {index}?"}]
+            answers = {"chosen": f"It is {index} again.", "rejected": "No idea."}
+            rows.append({"prompt": [{"role": "user", "content": content}], "images": row["images"]})
+            for column in columns:
+                answer = [{"type": "text", "text": answers[column]}]
+                rows[-1][column] = [{"role": "assistant", "content": answer}]
+        return Dataset.from_list(rows)
+
+    def common(self, folder: Path) -> dict:
+        return {
+            "output_dir": str(folder),
+            "max_steps": 3,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+        }
+
+    @pytest.mark.slow
+    def test_direct_preference_optimisation_of_mixed_rows(self, converted, tmp_path):
+        trl = pytest.importorskip("trl")
+        processor = AureaProcessor.from_pretrained(converted)
+        arguments = trl.DPOConfig(**self.common(tmp_path), per_device_train_batch_size=3, max_length=None)
+        dataset = self.preferences("chosen", "rejected")
+        trainer = trl.DPOTrainer(load(converted), args=arguments, train_dataset=dataset, processing_class=processor)
+        trainer.train()
+        losses = logged_losses(trainer)
+        assert losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[-1] < 0.3
+
+    @pytest.mark.slow
+    def test_group_relative_policy_optimisation_of_mixed_rows(self, converted, tmp_path):
+        trl = pytest.importorskip("trl")
+        processor = AureaProcessor.from_pretrained(converted)
+        sizes = {"per_device_train_batch_size": 6, "num_generations": 2, "max_completion_length": 6}
+        model = load(converted)
+        trainer = trl.GRPOTrainer(
+            model,
+            args=trl.GRPOConfig(**self.common(tmp_path), **sizes),
+            train_dataset=self.preferences(),
+            processing_class=processor,
+            reward_funcs=lambda completions, **_: [float(len(str(completion)) % 7) for completion in completions],
+        )
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert len(norms) == 3 and np.isfinite(norms).all() and max(norms) > 0
 
 
 class TestPushToHub:
@@ -446,9 +516,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32).eval()
-with torch.no_grad():
-    save_file({"logits": model(**load_file("inputs.safetensors")).logits}, "logits.safetensors")
+for number, folder in enumerate(sys.argv[1:]):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(**load_file(f"inputs_{number}.safetensors")).logits
+    save_file({"logits": logits}, f"logits_{number}.safetensors")
 """
 
 REMOTE_SCRIPT = """
@@ -543,18 +615,30 @@ class TestRemoteCode:
         report = json.loads((remote / "report.json").read_text())
         assert report["answer"] == report["expected answer"] != ""
 
-    def test_what_it_saves_is_complete_and_loads_in_yet_another_process(self, remote):
+    def test_what_it_saves_is_complete(self, remote):
         folder = remote / "again"
         names = {path.name for path in folder.iterdir()}
         assert names >= ALL_FILES
         assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
-        run_without_package(LOGITS_SCRIPT, remote, folder)
-        logits = load_file(remote / "logits.safetensors")["logits"]
-        assert torch.equal(logits, load_file(remote / "results.safetensors")["logits"])
         for name in CODE_FILES:
-            source = Path(sys.modules["transformers_aurea"].__file__).parent / name
+            source = Path(sys.modules["transformers_aurea"].__file__).with_name(name)
             assert (folder / name).read_text() == source.read_text()
+
+    @pytest.fixture(scope="class")
+    def reloaded(self, remote, merged, tmp_path_factory) -> list[torch.Tensor]:
+        """Logits of yet another process: of what the first one saved, and of the merged adapter."""
+        folder = tmp_path_factory.mktemp("reloaded")
+        save_file(load_file(remote / "inputs.safetensors"), folder / "inputs_0.safetensors")
+        save_file(dict(merged["inputs"]), folder / "inputs_1.safetensors")
+        run_without_package(LOGITS_SCRIPT, folder, remote / "again", merged["folder"])
+        return [load_file(folder / f"logits_{number}.safetensors")["logits"] for number in range(2)]
+
+    def test_what_it_saves_loads_in_yet_another_process(self, reloaded, remote):
+        assert torch.equal(reloaded[0], load_file(remote / "results.safetensors")["logits"])
+
+    def test_a_merged_adapter_loads_without_package_and_without_peft(self, reloaded, merged):
+        torch.testing.assert_close(reloaded[1], merged["logits"], atol=1e-5, rtol=0)
 
 
 class TestPipeline:
@@ -623,6 +707,7 @@ class TestPlacement:
             model = AureaForConditionalGeneration(tiny_config())
         whole = {name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules}
         assert {f"model.language_model.layers.{index}" for index in range(3)} <= whole
+        assert any(name.startswith("model.fusion.") for name in whole)
         size = sum(p.numel() * 4 for p in model.parameters())
         for part in range(1, 20):
             device_map = infer_auto_device_map(

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Pre
 from transformers_aurea import AureaForConditionalGeneration
 
 
-# What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys only, not the picture's.
+# What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys, not the picture's.
 LANGUAGE_MODELS = {
     "phi3": {"sliding_window": 5},
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -108,7 +108,7 @@ def ragged_batch(config):
 
 
 def generate(model, **kwargs):
-    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
     # A random model may well write a placeholder, to which no picture would belong.
     return model.generate(**settings, suppress_tokens=[IMAGE_TOKEN_ID], **kwargs)
 
@@ -269,7 +269,7 @@ class TestVisionModels:
             )
         assert difference.norm(dim=-1).flatten().argmax() == 15
 
-    @pytest.mark.parametrize("model_type", VISION_MODELS)
+    @pytest.mark.parametrize("model_type", ["clip_vision_model", "swin", "resnet"])
     def test_a_model_of_these_encoders_is_saved_and_loaded(self, model_type, tmp_path):
         model = model_with_encoders(model_type, "dinov2")
         model.save_pretrained(tmp_path)

@@ -197,6 +197,7 @@ class AureaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         text_config = self.text_config
         _validate_decoder(type(text_config))
+        _validate_causal(text_config)
         if self.vision_config.model_type == "siglip_vision_model":
             self.vision_config.vision_use_head = False
         if self.spatial_vision_config.model_type == "siglip_vision_model":
@@ -342,6 +343,17 @@ def _grid(size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
 
 def _feature_size(config: PreTrainedConfig) -> int:
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+
+
+def _validate_causal(text_config: PreTrainedConfig):
+    """Refuse language models that read both ways: encoder-decoders, and masked ones unless set up to decode."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    is_masked = type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False)
+    if text_config.is_encoder_decoder or is_masked:
+        raise ValueError(
+            f"`text_config` is of type '{text_config.model_type}', which is not a decoder language model."
+        )
 
 
 @lru_cache

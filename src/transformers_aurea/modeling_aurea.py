@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -502,10 +502,10 @@ class AureaModel(AureaPreTrainedModel):
             last_hidden_state=semantic.last_hidden_state,
             pooler_output=self.multi_modal_projector(fused_features),  # (images, N, C)
             hidden_states=semantic.hidden_states,
-            attentions=semantic.attentions,
+            attentions=semantic.get("attentions"),  # convolutional encoders have none
             spatial_last_hidden_state=spatial.last_hidden_state,
             spatial_hidden_states=spatial.hidden_states,
-            spatial_attentions=spatial.attentions,
+            spatial_attentions=spatial.get("attentions"),
         )
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
@@ -598,6 +598,15 @@ class AureaModel(AureaPreTrainedModel):
                 )
             image_features = self.get_image_features(pixel_values).pooler_output  # (images, N, C)
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
+        elif cross_attention_states is None and past_key_values is None and self._trains_image_branch():
+            # A step of text alone. Its rows look at nothing, and every parameter that trains gets a gradient, of zero:
+            # without one, DistributedDataParallel, FSDP and ZeRO-3 would wait for it, and if only these parameters
+            # train, the loss would have no gradient at all.
+            canvas = (max(sides) for sides in zip(*self.config.view_sizes))
+            blank = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
+            states = self.get_image_features(blank).pooler_output
+            cross_attention_states = states.expand(len(image_tokens), -1, -1)  # (batch, N, C)
+            num_images = image_tokens.new_zeros(len(image_tokens), dtype=torch.long)
 
         use_cache = use_cache if use_cache is not None else getattr(self.config.text_config, "use_cache", False)
         if use_cache and past_key_values is None:
@@ -624,6 +633,16 @@ class AureaModel(AureaPreTrainedModel):
             attentions=outputs.attentions,
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,
             image_hidden_states=image_features,
+        )
+
+    def _trains_image_branch(self) -> bool:
+        """Whether a gradient is wanted of anything that only pictures reach."""
+        if not self.training or not torch.is_grad_enabled():
+            return False
+        return any(
+            parameter.requires_grad
+            for name, parameter in self.named_parameters()
+            if not name.startswith("language_model.") or "cross_attention_block." in name
         )
 
     def _visual_inputs(
@@ -701,7 +720,9 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AureaModel(config)
         embeddings = self.get_input_embeddings()
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        with torch.device("meta"):  # a few language models have a bias here, or another width (Phi, OPT)
+            head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
+        self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
@@ -769,12 +790,14 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some language models do to their logits: Gemma caps, Cohere multiplies, Granite divides."""
+        """What some language models do to their logits: Gemma caps, Cohere and Falcon-H1 multiply, Granite divides."""
         text_config = self.config.text_config
         if (scale := getattr(text_config, "logit_scale", None)) is not None:
             logits = logits * scale
-        if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
+        if (scale := getattr(text_config, "lm_head_multiplier", None)) is not None:
+            logits = logits * scale
+        if (scale := getattr(text_config, "logits_scaling", None)) is not None:
+            logits = logits * scale if text_config.model_type == "hyperclovax" else logits / scale
         if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits
