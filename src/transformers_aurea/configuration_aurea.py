@@ -172,7 +172,7 @@ class AureaConfig(PreTrainedConfig):
             AutoConfig, model_type="dinov2_with_registers", init_kwargs=_DINOV2_GIANT
         ),
         "text_config": SubConfigSpec(AutoConfig, model_type="phi3", init_kwargs=_PHI4_MINI),
-        "fusion_config": AureaFusionConfig,
+        "fusion_config": SubConfigSpec(AureaFusionConfig),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
