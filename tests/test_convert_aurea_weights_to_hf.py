@@ -211,7 +211,7 @@ DAMAGES = {
         edit_tensors(
             "dinov2.safetensors", lambda t: t.update({"model.norm.bias": torch.zeros(48, dtype=torch.int32)})
         ),
-        ["model.norm.bias", "I64"],
+        ["model.norm.bias", "I32"],
     ),
     "untied head": (
         edit_tensors("model-00002-of-00002.safetensors", reshape("lm_head.weight", (320, 64))),
