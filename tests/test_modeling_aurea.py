@@ -390,6 +390,22 @@ class TestCache:
             rest = model(input_ids=row[:, 4:], pixel_values=pixels[1:], past_key_values=cache).logits
         torch.testing.assert_close(rest, whole[:, 4:], atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("kept", [2, 4, 7])
+    @pytest.mark.parametrize("with_pixels", [True, False])
+    def test_a_cropped_cache_goes_on_as_if_never_longer(self, kept, with_pixels):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        row, own = input_ids[1:2], pixels[1:]
+        with torch.no_grad():
+            whole = model(input_ids=row, pixel_values=own).logits
+            cache = model(input_ids=row, pixel_values=own, use_cache=True).past_key_values
+            for token in ([[5]], [[IMAGE_TOKEN_ID]], [[7]]):  # also a placeholder that was generated
+                model(input_ids=torch.tensor(token), past_key_values=cache)
+            cache.crop(kept - cache.get_seq_length())
+            again = {"pixel_values": own} if with_pixels else {}
+            rest = model(input_ids=row[:, kept:], past_key_values=cache, **again).logits
+        torch.testing.assert_close(rest, whole[:, kept:], atol=1e-5, rtol=0)
+
     def test_reset_forgets_the_image(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)

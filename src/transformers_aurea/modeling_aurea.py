@@ -205,7 +205,7 @@ class AureaCrossAttentionBlock(nn.Module):
         attn_output, attn_weights = self.cross_attn(
             self.input_layernorm(hidden_states), cross_attention_states, cross_attention_mask, visual_cache
         )
-        if cross_attentions is not None:
+        if cross_attentions is not None and attn_weights is not None:
             cross_attentions.append(attn_weights)
         output = hidden_states + attn_output
         output = output + self.mlp(self.post_attention_layernorm(output))
@@ -255,12 +255,21 @@ class VisualStatesCacheMixin:
     """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
 
     `visual` holds one layer per block. `num_images` (batch,) counts the pictures of each row; it is None where every
-    token sees every visual state. `images_seen` (batch,) counts the placeholders in the text cached so far.
+    token sees every visual state. `image_counts` (batch, tokens) counts the placeholders up to each token of the
+    cached text, so that a cache that was cropped still knows; a static cache, which cannot be, keeps the last only.
     """
 
     visual: DynamicCache
     num_images: torch.Tensor | None
-    images_seen: torch.Tensor
+    image_counts: torch.Tensor | None
+
+    @property
+    def images_seen(self) -> torch.Tensor | None:
+        """Placeholders in the cached text, (batch,); None for none counted."""
+        if self.image_counts is None or self.is_compileable:
+            return None if self.image_counts is None else self.image_counts[:, -1]
+        length = min(self.get_seq_length(), self.image_counts.shape[1])
+        return self.image_counts[:, length - 1] if length > 0 else None
 
     @property
     def has_visual_states(self) -> bool:
@@ -273,20 +282,28 @@ class VisualStatesCacheMixin:
     def count_images(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Pictures at or before each token (batch, T), those of the cached text included, from its placeholders."""
         counts = image_tokens.long().cumsum(dim=1)
-        if self.images_seen is not None:
-            counts = counts + self.images_seen[:, None]
+        seen = self.images_seen
+        if seen is not None:
+            counts = counts + seen[:, None]
         if self.num_images is not None:  # a placeholder that was generated is no picture
             counts = torch.minimum(counts, self.num_images[:, None])
-        if self.images_seen is not None and self.is_compileable:
-            self.images_seen.copy_(counts[:, -1])  # in place, as all of a static cache
+        if not self.is_compileable:
+            past_length = self.get_seq_length()
+            past = counts.new_zeros(len(counts), 0) if seen is None else self.image_counts[:, :past_length]
+            # Tokens that nobody counted: none before the first picture, or all of a row that sees everything.
+            missing = past_length - past.shape[1]
+            uncounted = (torch.zeros_like(counts[:, 0]) if seen is None else seen)[:, None].expand(-1, missing)
+            self.image_counts = torch.cat([past, uncounted, counts], dim=1)
+        elif seen is None:
+            self.image_counts = counts[:, -1:].clone()
         else:
-            self.images_seen = counts[:, -1]
+            self.image_counts.copy_(counts[:, -1:])  # in place, as all of a static cache
         return counts
 
     def reset(self):
         super().reset()
         self.forget_visual_states()
-        self.images_seen = None
+        self.image_counts = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
@@ -305,7 +322,7 @@ class VisualStatesCacheMixin:
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]):
         self.num_images = None if self.num_images is None else function(self.num_images)
-        self.images_seen = None if self.images_seen is None else function(self.images_seen)
+        self.image_counts = None if self.image_counts is None else function(self.image_counts)
 
 
 @functools.cache
@@ -328,7 +345,7 @@ def _weave_cache(cache: Cache):
     """Make the caller's own cache keep visual states, in place."""
     if not isinstance(cache, VisualStatesCacheMixin):
         cache.__class__ = _woven_class(VisualStatesCacheMixin, type(cache))
-        cache.images_seen = None
+        cache.image_counts = None
         cache.forget_visual_states()
 
 
@@ -370,9 +387,10 @@ def _has_text_that_should_have_seen(cache: Cache, counts: list[int]) -> bool:
     """Whether rows that now have pictures were cached before their first: that text sees it when nothing is cached."""
     if cache.get_seq_length() == 0:
         return False
-    if not isinstance(cache, VisualStatesCacheMixin) or cache.images_seen is None:
+    if not _holds_visual_states(cache):
         return any(counts)
-    return any(count and not seen for count, seen in zip(counts, cache.images_seen.tolist()))
+    had = [1] * len(counts) if cache.num_images is None else cache.num_images.tolist()
+    return any(count and not before for count, before in zip(counts, had))
 
 
 def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -532,12 +550,13 @@ class AureaModel(AureaPreTrainedModel):
         ):
             outputs = encoder(pixels, **kwargs)
         features = outputs.last_hidden_state
-        if features.ndim == 4:
-            features = features.flatten(2).transpose(1, 2)  # a feature map: (images, C, rows, columns) → tokens
-        if features.shape[1] < rows * columns:
+        is_map = features.ndim == 4
+        if is_map:
+            features = features.flatten(2).transpose(1, 2)  # (images, C, rows, columns) → tokens
+        if features.shape[1] < rows * columns or (is_map and features.shape[1] > rows * columns):
             raise ValueError(
                 f"{type(encoder).__name__} gives {features.shape[1]} patch features for a view of {height}×{width} "
-                f"pixels, fewer than the grid of {rows}×{columns} that its configuration promises."
+                f"pixels, which are not the grid of {rows}×{columns} that its configuration promises."
             )
         features = features[:, -rows * columns :]  # class and register tokens come first
         return outputs, features.unflatten(1, (rows, columns)).to(self.dtype)
@@ -631,7 +650,7 @@ class AureaModel(AureaPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            cross_attentions=tuple(cross_attentions) if cross_attentions else None,
+            cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
             image_hidden_states=image_features,
         )
 
@@ -790,10 +809,12 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some language models do to their logits: Gemma caps, Cohere and Falcon-H1 multiply, Granite divides."""
+        """What some language models do to their logits: Gemma caps, Cohere multiplies, Granite divides, and so on."""
         text_config = self.config.text_config
         if (scale := getattr(text_config, "logit_scale", None)) is not None:
             logits = logits * scale
+        if (scale := getattr(text_config, "logits_mup_width_multiplier", None)) is not None:
+            logits = logits / scale
         if (scale := getattr(text_config, "lm_head_multiplier", None)) is not None:
             logits = logits * scale
         if (scale := getattr(text_config, "logits_scaling", None)) is not None:
