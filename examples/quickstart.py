@@ -34,6 +34,8 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=12)
     args = parser.parse_args()
 
+    if args.model is not None and not args.model.is_dir():
+        parser.error(f"--model {args.model} is no folder")
     folder = args.model if args.model is not None else convert_tiny_checkpoint(Path("aurea-tiny"))
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -217,6 +217,24 @@ DAMAGES = {
         edit_tensors("model-00002-of-00002.safetensors", reshape("lm_head.weight", (320, 64))),
         ["lm_head.weight", "embed_tokens"],
     ),
+    "index is a list": (lambda f: (f / INDEX_FILE).write_text("[]"), [INDEX_FILE]),
+    "weight map is a list": (lambda f: (f / INDEX_FILE).write_text('{"weight_map": [1]}'), [INDEX_FILE]),
+    "index names a tensor that is nowhere": (
+        edit_json(INDEX_FILE, lambda i: i["weight_map"].update({"model.ghost": FIRST_SHARD})),
+        ["model.ghost", FIRST_SHARD],
+    ),
+    "misnamed tensor beside the right one": (
+        edit_tensors("aureamodel.safetensors", reshape("aurea_phi.lm.sr_blok.s_norm.weight", (32,))),
+        ["sr_blok.s_norm.weight", "no part"],
+    ),
+    "generation config lacks a token": (
+        edit_json("generation_config.json", lambda g: g.pop("pad_token_id")),
+        ["generation_config", "pad_token_id"],
+    ),
+    "generation config is a list": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        ["generation_config"],
+    ),
     "vocabulary is no JSON": (lambda f: (f / "vocab.json").write_text("nonsense"), ["tokenizer"]),
     "generation config is no JSON": (lambda f: (f / "generation_config.json").write_text("["), ["generation_config"]),
 }
@@ -289,6 +307,34 @@ def test_a_folder_with_content_is_not_touched(tmp_path, capsys):
     assert run(FIXTURES / "published", tmp_path / "aurea") == 1
     assert "not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "aurea").iterdir()] == ["mine.txt"]
+
+
+def test_values_beyond_float16_are_refused_by_name(published, tmp_path, capsys):
+    edit_tensors("aureamodel.safetensors", lambda t: t[f"{FUSION}.s_proj.weight"].fill_(1e30))(published)
+    assert run(published, tmp_path / "aurea", "--dtype", "float16") == 1
+    assert "s_proj.weight has values beyond the range of float16" in capsys.readouterr().err
+    assert run(published, tmp_path / "aurea", "--dtype", "bfloat16") == 0
+
+
+def test_verify_alone_refuses_another_dtype(converted, capsys):
+    assert run(FIXTURES / "published", converted, "--verify", "--dtype", "bfloat16") == 1
+    assert "not in torch.bfloat16" in capsys.readouterr().err
+
+
+def test_a_size_that_is_none_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(FIXTURES / "published", tmp_path / "aurea", "--max_shard_size", "large")
+    assert "'large'" in capsys.readouterr().err
+
+
+def test_output_may_be_the_current_folder_or_a_link(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(FIXTURES / "published", ".") == 0
+    assert run(FIXTURES / "published", tmp_path / "link") == 0
+    assert (tmp_path / "here" / "config.json").is_file() and (tmp_path / "there" / "config.json").is_file()
 
 
 def test_an_input_that_does_not_exist_is_named(tmp_path, capsys):

@@ -206,12 +206,18 @@ class AureaConfig(PreTrainedConfig):
             self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         if self.cross_attention_num_heads is None:
             self.cross_attention_num_heads = text_config.num_attention_heads
+        heads = self.cross_attention_num_heads
         if self.cross_attention_num_key_value_heads is None:
-            key_value_heads = getattr(text_config, "num_key_value_heads", None)
-            self.cross_attention_num_key_value_heads = key_value_heads or self.cross_attention_num_heads
+            self.cross_attention_num_key_value_heads = _optional(text_config, "num_key_value_heads") or heads
         if self.cross_attention_head_dim is None:
-            head_dim = getattr(text_config, "head_dim", None)
-            self.cross_attention_head_dim = head_dim or text_config.hidden_size // self.cross_attention_num_heads
+            self.cross_attention_head_dim = _optional(text_config, "head_dim")
+        if self.cross_attention_head_dim is None:
+            if heads < 1 or text_config.hidden_size % heads:
+                raise ValueError(
+                    f"`text_config.hidden_size` ({text_config.hidden_size}) must be divisible by "
+                    f"`cross_attention_num_heads` ({heads}), unless `cross_attention_head_dim` is given."
+                )
+            self.cross_attention_head_dim = text_config.hidden_size // heads
         if self.cross_attention_intermediate_size is None:
             self.cross_attention_intermediate_size = int(text_config.hidden_size * 4 * 2 / 3)
         if self.projector_hidden_size is None:
@@ -225,7 +231,9 @@ class AureaConfig(PreTrainedConfig):
     @property
     def view_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width in pixels of view 0 (semantic encoder) and view 1 (spatial encoder)."""
-        size = self.vision_image_size or getattr(self.vision_config, "image_size", None)
+        size = self.vision_image_size
+        if size is None:
+            size = _optional(self.vision_config, "image_size")
         if size is None:
             raise ValueError(
                 f"`vision_config` ({self.vision_config.model_type}) has no `image_size`: give `vision_image_size`."
@@ -258,6 +266,9 @@ class AureaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        for name in ("cross_attention_head_dim", "cross_attention_intermediate_size", "projector_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         self._validate_encoders()
         self._validate_heads()
         self._validate_views()
@@ -274,12 +285,18 @@ class AureaConfig(PreTrainedConfig):
     def _validate_heads(self):
         for name in ("text_config", "vision_config", "spatial_vision_config"):
             config = getattr(self, name)
-            heads = getattr(config, "num_attention_heads", None)
-            own_head_dim = getattr(config, "head_dim", None)
-            if isinstance(heads, int) and own_head_dim is None and config.hidden_size % heads:
+            heads, key_value_heads = (_optional(config, key) for key in ("num_attention_heads", "num_key_value_heads"))
+            if not isinstance(heads, int):
+                continue  # stages of their own, or layers that differ
+            if heads < 1 or (_optional(config, "head_dim") is None and config.hidden_size % heads):
                 raise ValueError(
                     f"`{name}.hidden_size` ({config.hidden_size}) must be divisible by its `num_attention_heads` "
                     f"({heads})."
+                )
+            if key_value_heads is not None and (key_value_heads < 1 or heads % key_value_heads):
+                raise ValueError(
+                    f"`{name}.num_attention_heads` ({heads}) must be a multiple of its `num_key_value_heads` "
+                    f"({key_value_heads})."
                 )
         heads, key_value_heads = self.cross_attention_num_heads, self.cross_attention_num_key_value_heads
         if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
@@ -320,7 +337,17 @@ class AureaConfig(PreTrainedConfig):
             )
 
 
+def _optional(config: PreTrainedConfig, name: str):
+    """A field that a part may lack, or have only per layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' answer where layers differ
+        return None
+
+
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"An image size is one side, or height and width; got {size}.")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -364,17 +391,24 @@ def _validate_decoder(config_class: type[PreTrainedConfig]):
     class is looked up, not built, so this also works where modules live on the meta device.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers.modeling_outputs import BaseModelOutput
 
     name = config_class.model_type
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or config_class not in MODEL_MAPPING:
         raise ValueError(f"`text_config` is of type '{name}', which is not a decoder language model of transformers.")
     decoder_class = MODEL_MAPPING[config_class]
-    source = inspect.getsource(inspect.unwrap(decoder_class.forward))
+    forward = inspect.unwrap(decoder_class.forward)
+    source = inspect.getsource(forward)
     if source.count("**kwargs") < 2:
         raise ValueError(
             f"`text_config` is of type '{name}', whose {decoder_class.__name__} does not hand keyword arguments on to "
             "its layers: the visual states could not reach the cross-attention blocks. Choose another language model "
             "(Phi-3, Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … do)."
+        )
+    if source.count("past_key_values") < 2 or inspect.signature(forward).return_annotation is BaseModelOutput:
+        raise ValueError(
+            f"`text_config` is of type '{name}', whose {decoder_class.__name__} takes and gives back no "
+            "`past_key_values`: there is no cache to keep the pictures' keys in. Choose another language model."
         )
 
 

@@ -6,11 +6,12 @@
 PUBLISHED is a folder in the published layout or a hub id. The layout holds no sizes: `--config` gives them, without
 it the published sizes hold. Every tensor of PUBLISHED must be there under its name and in the shape the sizes promise,
 and every parameter of the model must get its value, or nothing is written. With `--verify` a new process reads the
-written folder back and compares it with PUBLISHED bit by bit; given an OUT that exists, it only does that.
+written folder back and compares it with PUBLISHED bit by bit; given an OUT converted before, it does only that.
 """
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,8 @@ CROSS_ATTENTION_BLOCK_KEYS = {
     "ffw.net.0": ("mlp.up_proj", "mlp.gate_proj"),
     "ffw.net.3": "mlp.down_proj",
 }
+# What the original's own state dict holds twice.
+AUREA_ALIASES = {"aurea_phi.text_emb.weight", "aurea_phi.lm.lm_head.weight"}
 PROJECTOR_KEYS = {"projection.0.weight": "linear_1.weight", "projection.2.weight": "linear_2.weight"}
 
 
@@ -182,8 +185,8 @@ class PublishedCheckpoint:
 
     def _read_index(self) -> dict[str, str]:
         try:
-            return json.loads((self.folder / INDEX_FILE).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as error:
+            return dict(_read_json(self.folder / INDEX_FILE)["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConversionError(
                 f"{self.folder / INDEX_FILE} is no index of safetensors shards: {error!r}"
             ) from error
@@ -226,10 +229,20 @@ class PublishedCheckpoint:
         self._check_left_over(unexplained)
 
     def _check_left_over(self, unexplained: dict[str, set[str]]):
+        present = {file: set(content.keys()) for file, content in self.files.items()}
+        for name, file in self.weight_map.items():
+            if name not in present[file]:
+                raise ConversionError(f"The tensor {name}, of the index, is missing from {self.folder / file}.")
         for file, names in unexplained.items():
             if "lm_head.weight" in names and file in self.weight_map.values():
                 names.remove("lm_head.weight")
                 self._check_head(file)
+            if file == AUREA_FILE:
+                misnamed = {name for name in names if name.startswith("aurea_phi.")} - AUREA_ALIASES
+                if misnamed:
+                    raise ConversionError(
+                        f"The tensor {min(misnamed)} of {self.folder / file} is no part of the model."
+                    )
             if names and file == AUREA_FILE:
                 print(f"{self.folder / file}: ignored {len(names)} tensors that are no part of Aurea: {sorted(names)}")
             elif names:
@@ -247,7 +260,8 @@ class PublishedCheckpoint:
     def dtype(self) -> torch.dtype:
         """That of the language model."""
         file = self.files[self.weight_map["model.embed_tokens.weight"]]
-        return file.get_tensor("model.embed_tokens.weight").dtype
+        names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        return getattr(torch, names[file.get_slice("model.embed_tokens.weight").get_dtype()])
 
     def read(self, target: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The value of the parameter `target`, in the published dtype."""
@@ -371,6 +385,8 @@ def _read_json(path: Path) -> dict:
         raise ConversionError(f"{path} is missing.") from error
     except ValueError as error:
         raise ConversionError(f"{path} is no JSON: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
 
 
 def _build_tokenizer(folder: Path) -> GPT2Tokenizer:
@@ -384,6 +400,10 @@ def build_generation_config(folder: Path) -> GenerationConfig:
     """The published sampling defaults and stop tokens. The published repetition penalty spares the prompt, which the
     setting of that name does not: `published_sampling` has it."""
     published = _read_json(folder / "generation_config.json")
+    if not isinstance(published, dict) or not {"bos_token_id", "eos_token_id", "pad_token_id"} <= published.keys():
+        raise ConversionError(
+            f"{folder / 'generation_config.json'} must hold bos_token_id, eos_token_id and pad_token_id."
+        )
     return GenerationConfig(
         do_sample=True,
         temperature=0.1,
@@ -410,6 +430,7 @@ attention and read by Phi-4-mini through cross-attention. Converted from the pub
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+folder = "."  # this one
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is in this picture?"}}]
@@ -417,7 +438,8 @@ inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
-print(processor.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+generated = model.generate(**inputs, max_new_tokens=50)
+print(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
 Parameters: {parameters:,}. Weights in {dtype}; encoders and Gaussian widths in float32. The weights are derived from
@@ -429,13 +451,18 @@ def convert(
     folder: Path, output: Path, config_file: Path | None, dtype: torch.dtype | None, max_shard_size: str, verify: bool
 ):
     """Write OUT whole or not at all: everything goes to a folder beside it that takes its name at the end."""
+    output = output.resolve()
     for name in OTHER_FILES:
         if not (folder / name).is_file():
             raise ConversionError(f"{folder / name} is missing.")
     sizes = _read_json(config_file) if config_file is not None else None
+    if sizes is not None and not isinstance(sizes, dict):
+        raise ConversionError(
+            f"--config {config_file} must hold a JSON object of sizes, not a {type(sizes).__name__}."
+        )
     tokenizer = _build_tokenizer(folder)
     config = build_config(folder, sizes, tokenizer.convert_tokens_to_ids("<|image|>"))
-    processor = build_processor(tokenizer, config, sizes)
+    companions = [build_generation_config(folder), build_processor(tokenizer, config, sizes)]
     published = PublishedCheckpoint(folder, config)
     dtype = dtype if dtype is not None else published.dtype()
     config.dtype = dtype
@@ -450,10 +477,11 @@ def convert(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
     try:
         _write_weights(published, tensors, unfinished, max_shard_size)
-        _write_companions(folder, config, processor, tensors, unfinished)
+        _write_companions(config, companions, tensors, unfinished)
         if verify:
             _verify_in_new_process(folder, unfinished)
-        unfinished.chmod(0o755)
+        for path in (unfinished, *unfinished.iterdir()):  # temporary folders and safetensors files are private
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
@@ -473,10 +501,7 @@ def _write_weights(
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {
-            name: published.read(name, tuple(tensors[name].shape)).to(tensors[name].dtype).contiguous()
-            for name in names
-        }
+        shard = {name: _cast(published, name, tensors[name]).contiguous() for name in names}
         save_file(shard, output / file, metadata={"format": "pt"})
         print(f"wrote {file}: {len(names)} tensors")
     if split.is_sharded:
@@ -484,16 +509,24 @@ def _write_weights(
         (output / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_companions(
-    folder: Path, config: AureaConfig, processor: AureaProcessor, tensors: dict[str, torch.Tensor], output: Path
-):
-    """Configuration, code, processor, generation settings and model card."""
+def _cast(published: PublishedCheckpoint, name: str, target: torch.Tensor) -> torch.Tensor:
+    """The published value in the dtype and shape of `target`."""
+    value = published.read(name, tuple(target.shape))
+    cast = value.to(target.dtype)
+    if target.dtype == torch.float16 and not torch.equal(cast.isfinite(), value.isfinite()):
+        source = published.of_target[name].name
+        raise ConversionError(f"The tensor {source} has values beyond the range of float16. Use --dtype bfloat16.")
+    return cast
+
+
+def _write_companions(config: AureaConfig, companions: list, tensors: dict[str, torch.Tensor], output: Path):
+    """Configuration, code and model card, and what saves itself: generation settings and processor."""
     with torch.device("meta"):
         model = AureaForConditionalGeneration(config)
     custom_object_save(model, output, config=config)
     config.save_pretrained(output)
-    build_generation_config(folder).save_pretrained(output)
-    processor.save_pretrained(output)
+    for companion in companions:
+        companion.save_pretrained(output)
     card = MODEL_CARD.format(
         parameters=sum(tensor.numel() for tensor in tensors.values()), dtype=str(config.dtype).removeprefix("torch.")
     )
@@ -517,9 +550,11 @@ def _verify_in_new_process(folder: Path, output: Path):
         raise ConversionError(f"The folder read back is not what was published: {result.stdout.strip()}")
 
 
-def verify_folder(folder: Path, output: Path):
+def verify_folder(folder: Path, output: Path, dtype: torch.dtype | None):
     """Compare a converted folder with the published one, every tensor bit by bit after the cast."""
     config = AureaConfig.from_pretrained(output)
+    if dtype is not None and dtype != config.dtype:
+        raise ConversionError(f"{output} is in {config.dtype}, not in {dtype} as --dtype has it.")
     published = PublishedCheckpoint(folder, config)
     tensors = target_tensors(config, config.dtype)
     found = {}
@@ -532,7 +567,7 @@ def verify_folder(folder: Path, output: Path):
     for name, tensor in tensors.items():
         if name not in found:
             raise ConversionError(f"The tensor {name} is missing from {output}.")
-        expected = published.read(name, tuple(tensor.shape)).to(tensor.dtype)
+        expected = _cast(published, name, tensor)
         if not _same_bits(found[name].get_tensor(name), expected):
             raise ConversionError(
                 f"The tensor {name} of {output} differs from {published.of_target[name].name} of {folder}."
@@ -546,12 +581,20 @@ def resolve_input(input_dir: str) -> Path:
     """A local folder as it is, a hub id downloaded."""
     if Path(input_dir).is_dir():
         return Path(input_dir)
+    if Path(input_dir).exists():
+        raise ConversionError(f"--input_dir {input_dir} is a file. Give the folder that holds the published files.")
     try:
         return Path(snapshot_download(input_dir, allow_patterns=["*.safetensors", INDEX_FILE, *OTHER_FILES]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"--input_dir {input_dir} is neither a folder nor a hub id to be had: {error}"
         ) from error
+
+
+def _shard_size(text: str) -> str:
+    if not re.fullmatch(r"\d+\s*([KMGT]B)?", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"a size is a number and KB, MB, GB or TB, got {text!r}")
+    return text
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -564,7 +607,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("float32", "float16", "bfloat16"),
         help="dtype of the weights, encoders excepted; without it that of the published language model",
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="largest file to write (default: 5GB)")
+    parser.add_argument(
+        "--max_shard_size", type=_shard_size, default="5GB", help="largest file to write (default: 5GB)"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read the folder back in a new process and compare every bit"
     )
@@ -574,14 +619,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up as after Ctrl-C
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         folder = resolve_input(args.input_dir)
         if args.verify and (args.output_dir / "config.json").is_file():
-            verify_folder(folder, args.output_dir)
+            verify_folder(folder, args.output_dir, dtype)
             return 0
         if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
             raise ConversionError(f"--output_dir {args.output_dir} exists and is not empty.")
-        dtype = getattr(torch, args.dtype) if args.dtype else None
         convert(folder, args.output_dir, args.config, dtype, args.max_shard_size, args.verify)
     except KeyboardInterrupt:
         print("error: interrupted, nothing was written", file=sys.stderr)
@@ -589,6 +634,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConversionError, SafetensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        print("error: interrupted, nothing was written", file=sys.stderr)  # inside a library that renamed it
+        return 130
     return 0
 
 
