@@ -795,6 +795,34 @@ class TestContract:
         assert "model.language_model.layers.0.cross_attention_block.cross_attn.q_proj" in converted
 
 
+class TestViews:
+    @pytest.mark.parametrize("size", [[28, 14], [14, 42], 56], ids=str)
+    def test_any_size_that_both_encoders_can_patch(self, size):
+        model = AureaForConditionalGeneration(tiny_config(vision_image_size=size, spatial_vision_image_size=size))
+        input_ids, pixels = batch_of_three(model.config)
+        height, width = (size, size) if isinstance(size, int) else size
+        assert pixels.shape[-2:] == (height, width)
+        assert model.config.tokens_per_image == height * width // 49
+        loss = model(input_ids=input_ids, pixel_values=pixels, labels=input_ids).loss
+        loss.backward()
+        assert loss.isfinite()
+
+    def test_a_smaller_view_is_cut_out_of_the_canvas(self):
+        spatial = {"model_type": "dinov2_with_registers", "hidden_size": 12, "num_hidden_layers": 1}
+        spatial |= {"num_attention_heads": 2, "image_size": 20, "patch_size": 5}
+        config = tiny_config()
+        config = type(config)(**{**config.to_dict(), "spatial_vision_config": spatial})
+        assert config.view_sizes == ((28, 28), (20, 20)) and config.grid_sizes == ((4, 4), (4, 4))
+        model = AureaForConditionalGeneration(config).eval()
+        pixels = random_pixels(1, config)
+        other = pixels.clone()
+        other[:, 1, :, 20:] = 9
+        other[:, 1, :, :, 20:] = 9
+        with torch.no_grad():
+            features = [model.get_image_features(p).pooler_output for p in (pixels, other)]
+        assert torch.equal(*features)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -19,6 +19,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -539,6 +540,10 @@ class AureaModel(AureaPreTrainedModel):
         height, width = self.config.view_sizes[view]
         rows, columns = self.config.grid_sizes[view]
         pixels = pixel_values[:, view, :, :height, :width].to(encoder.dtype)
+        trained_size = getattr(encoder.config, "image_size", (height, width))
+        trained_size = (trained_size, trained_size) if isinstance(trained_size, int) else tuple(trained_size)
+        if trained_size != (height, width) and "interpolate_pos_encoding" in signature(encoder.forward).parameters:
+            kwargs["interpolate_pos_encoding"] = True  # others, as DINOv2, do so by themselves
         # A frozen encoder keeps no activations.
         needs_grad = pixels.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
         if torch.is_grad_enabled() and any(name.endswith("mask_token") for name, _ in encoder.named_parameters()):
