@@ -460,7 +460,6 @@ class TestGenerate:
             {"cache_implementation": "dynamic"},
             {"prefill_chunk_size": 4},
             {"prefill_chunk_size": 3},
-            {"num_beams": 1, "num_return_sequences": 1},
         ],
         ids=str,
     )

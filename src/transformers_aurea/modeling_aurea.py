@@ -546,11 +546,12 @@ class AureaModel(AureaPreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True  # others, as DINOv2, do so by themselves
         # A frozen encoder keeps no activations.
         needs_grad = pixels.requires_grad or any(parameter.requires_grad for parameter in encoder.parameters())
-        if torch.is_grad_enabled() and any(name.endswith("mask_token") for name, _ in encoder.named_parameters()):
+        needs_grad = needs_grad and torch.is_grad_enabled()
+        if needs_grad and any(name.endswith("mask_token") for name, _ in encoder.named_parameters()):
             # Nothing is masked, but the mask token takes part: DistributedDataParallel waits for every gradient.
             kwargs["bool_masked_pos"] = pixels.new_zeros((len(pixels), rows * columns), dtype=torch.bool)
         with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad),
+            torch.set_grad_enabled(needs_grad),
             torch.autocast(pixels.device.type, enabled=False),
         ):
             outputs = encoder(pixels, **kwargs)
@@ -874,10 +875,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             if states is not None and has_cached_states:
                 return model_kwargs
             inputs_embeds = model_kwargs.get("inputs_embeds")
-            text = {"input_ids": None, "inputs_embeds": inputs_embeds}
-            if inputs_embeds is None:
-                text = {"input_ids": input_ids, "inputs_embeds": None}
-            image_tokens = self.model.get_placeholder_mask(**text)
+            image_tokens = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
             # Only the new text was given if the positions go back further than it.
             position_ids = model_kwargs.get("position_ids")
             is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
