@@ -55,7 +55,13 @@ def test_the_folder_is_complete(converted):
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("configuration_aurea.py", "modeling_aurea.py", "fusion_aurea.py", "spatial_range_attention_aurea.py"),
-        *("image_processing_aurea.py", "processing_aurea.py", "processor_config.json", "chat_template.jinja"),
+        *(
+            "hub_kernels_aurea.py",
+            "image_processing_aurea.py",
+            "processing_aurea.py",
+            "processor_config.json",
+            "chat_template.jinja",
+        ),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     config = json.loads((converted / "config.json").read_text())

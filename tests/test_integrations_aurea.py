@@ -21,6 +21,7 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 CODE_FILES = {
     "configuration_aurea.py",
     "fusion_aurea.py",
+    "hub_kernels_aurea.py",
     "image_processing_aurea.py",
     "modeling_aurea.py",
     "processing_aurea.py",

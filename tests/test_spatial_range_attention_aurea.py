@@ -262,6 +262,39 @@ def test_compiles_to_one_graph(backend):
         assert relative_error(value, reference) < 1e-5
 
 
+def weights_and_gradients(sigma: float, dtype: torch.dtype):
+    guidance = random_inputs(1, 5, 6, 4, 2, dtype)[0].requires_grad_()
+    sigma = torch.tensor(sigma, dtype=dtype, requires_grad=True)
+    weights = spatial_range_weights(guidance, sigma, 2)
+    factors = torch.linspace(-1, 2, weights.numel(), dtype=dtype).view_as(weights)
+    return weights, *torch.autograd.grad((weights * factors).sum(), (guidance, sigma))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+class TestExtremeSigma:
+    @pytest.mark.parametrize("sigma", [0.0, 1e-30, -1e-8])
+    def test_without_width_the_centre_alone_counts(self, sigma, dtype):
+        weights, grad_guidance, grad_sigma = weights_and_gradients(sigma, dtype)
+        range_kernel, _, _ = weights_and_gradients(float("inf"), dtype)
+        centre = torch.arange(25) == 12
+        assert torch.equal(weights, range_kernel * centre)
+        assert grad_sigma == 0 and grad_guidance.isfinite().all() and grad_guidance.any()
+
+    @pytest.mark.parametrize("sigma", [float("inf"), -float("inf"), 1e30])
+    def test_of_infinite_width_all_positions_count_alike(self, sigma, dtype):
+        weights, grad_guidance, grad_sigma = weights_and_gradients(sigma, dtype)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 5, 6, dtype=dtype))
+        assert grad_sigma == 0 and grad_guidance.isfinite().all() and grad_guidance.any()
+
+    def test_the_sign_does_not_count(self, dtype):
+        weights, grad_guidance, grad_sigma = weights_and_gradients(0.7, dtype)
+        mirrored = weights_and_gradients(-0.7, dtype)
+        assert all(map(torch.equal, mirrored, (weights, grad_guidance, -grad_sigma)))
+
+    def test_not_a_number_stays_one(self, dtype):
+        assert weights_and_gradients(float("nan"), dtype)[0].isnan().all()
+
+
 FEATURES = torch.zeros(1, 4, 6, 2)
 SIGMA = torch.tensor(1.0)
 

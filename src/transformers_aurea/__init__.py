@@ -12,6 +12,7 @@ from transformers import (
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
+from .hub_kernels_aurea import KernelStatus, configure_kernel, kernel_status
 from .image_processing_aurea import AureaImageProcessor
 from .modeling_aurea import AureaForConditionalGeneration, AureaModel, AureaPreTrainedModel
 from .processing_aurea import AureaProcessor
@@ -44,6 +45,9 @@ __all__ = [
     "AureaPreTrainedModel",
     "AureaProcessor",
     "DynamicTopKLogitsWarper",
+    "KernelStatus",
+    "configure_kernel",
+    "kernel_status",
     "neighborhood_aggregate",
     "published_sampling",
     "spatial_range_weights",

@@ -36,6 +36,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_aurea import AureaConfig
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
+from .hub_kernels_aurea import HubKernelsMixin
 
 
 logger = logging.get_logger(__name__)
@@ -405,7 +406,7 @@ def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torc
     return pad_sequence(rows, batch_first=True), torch.tensor(counts, device=image_features.device)
 
 
-class AureaPreTrainedModel(PreTrainedModel):
+class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     config: AureaConfig
     config_class = AureaConfig
     base_model_prefix = "model"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.integrations import use_kernel_forward_from_hub
 
 
 class _Tile(NamedTuple):
@@ -211,7 +212,8 @@ def spatial_range_weights(guidance: torch.Tensor, sigma: torch.Tensor, radius: i
 
     Args:
         guidance: `(batch, height, width, channels)`, any floating dtype; both sides of the grid exceed `radius`.
-        sigma: 0-dimensional tensor σ, the width of the spatial kernel in units of the window's half side.
+        sigma: 0-dimensional tensor σ, the width of the spatial kernel in units of the window's half side. At 0 the
+            centre alone counts, at infinity all positions do alike, both with a zero gradient; -σ is as σ.
         radius: half side of the window, at least 1.
 
     Returns:
@@ -230,7 +232,8 @@ def spatial_range_weights(guidance: torch.Tensor, sigma: torch.Tensor, radius: i
     range_kernel = similarities.softmax(dim=-1)
     u = torch.linspace(-1, 1, 2 * radius + 1, dtype=dtype, device=guidance.device)
     squared_distances = (u[:, None] ** 2 + u**2).flatten()
-    spatial_kernel = torch.exp(-squared_distances / (2 * sigma.to(dtype) ** 2))
+    width = sigma.to(dtype).abs().clamp(5e-13**0.5, 1e15)  # so that 0 and infinity reach their limits, and not NaN
+    spatial_kernel = torch.exp(-squared_distances / (2 * width**2))
     return range_kernel * spatial_kernel
 
 
@@ -262,15 +265,17 @@ def neighborhood_aggregate(source: torch.Tensor, weights: torch.Tensor, radius: 
     return _NeighborSum.apply(source, weights.to(_compute_dtype(source)), radius)
 
 
+@use_kernel_forward_from_hub("SpatialRangeWeights")
 class SpatialRangeWeights(nn.Module):
-    """`spatial_range_weights` as a module without parameters."""
+    """`spatial_range_weights` as a module without parameters, whose place a kernel may take."""
 
     def forward(self, guidance: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor:
         return spatial_range_weights(guidance, sigma, radius)
 
 
+@use_kernel_forward_from_hub("NeighborhoodAggregate")
 class NeighborhoodAggregate(nn.Module):
-    """`neighborhood_aggregate` as a module without parameters."""
+    """`neighborhood_aggregate` as a module without parameters, whose place a kernel may take."""
 
     def forward(self, source: torch.Tensor, weights: torch.Tensor, radius: int) -> torch.Tensor:
         return neighborhood_aggregate(source, weights, radius)

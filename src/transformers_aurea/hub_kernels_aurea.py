@@ -1,0 +1,362 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""The compiled kernel in the place of the PyTorch layers of spatial-range attention.
+
+`from_pretrained(..., use_kernels=True)` and `model.set_use_kernels(True)` ask for it, on CPU and GPU, in training and
+inference. It is looked for where the user says, and nowhere else:
+
+    1. a local build, `configure_kernel(path=...)` or AUREA_KERNEL_PATH: a kernel's folder with `build/`, or a variant;
+    2. a hub repository, `configure_kernel(repo_id=...)` or AUREA_KERNEL_REPO, with AUREA_KERNEL_REVISION ("v1" unless
+       given) and, for a publisher whom the Hub does not list as trusted, AUREA_KERNEL_TRUST_REMOTE_CODE=1;
+    3. PyTorch.
+
+With neither named no network is touched. A kernel that is found must first compute what PyTorch does on a small map of
+the model's device, forward and backward. Whatever fails ends in one warning that says what to do, is not tried again,
+and leaves the PyTorch layers in place. `kernel_status(model)` tells what is in use, and why.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from types import MethodType, ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.utils import is_kernels_available, logging
+
+from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWeights
+
+
+if is_kernels_available():
+    from kernels import (
+        Device,
+        KernelizeFallback,
+        Mode,
+        get_kernel,
+        get_loaded_kernels,
+        get_local_kernel,
+        kernelize,
+        register_kernel_mapping,
+        use_kernel_mapping,
+    )
+
+    try:  # There is no public way to ask what is registered.
+        from kernels.layer.globals import _KERNEL_MAPPING
+    except ImportError:
+        _KERNEL_MAPPING = ContextVar("_KERNEL_MAPPING", default={})  # noqa: B039, nobody writes to it
+
+
+logger = logging.get_logger(__name__)
+
+LAYERS = {"SpatialRangeWeights": SpatialRangeWeights, "NeighborhoodAggregate": NeighborhoodAggregate}
+DEVICE_TYPES = ("cpu", "cuda", "rocm")
+
+
+def _verify(folder: Path) -> None:
+    """Raises if a file is not the one that was built: loading a truncated library would end the process."""
+    for pattern in ("metadata.json", "*/metadata.json", "build/*/metadata.json"):
+        for metadata in sorted(folder.glob(pattern)):
+            digest = json.loads(metadata.read_text()).get("digest", {})
+            files = digest.get("files", {}) if digest.get("algorithm") == "sha256" else {}
+            for name, expected in files.items():
+                content = (metadata.parent / name).read_bytes()
+                if base64.b64encode(hashlib.sha256(content).digest()).decode() != expected:
+                    raise ValueError(f"{name} is damaged or was changed after the build")
+
+
+class LocalBuild(NamedTuple):
+    path: str
+
+    advice = "Build the kernel for this machine (`python build_local.py cpu` or `cuda`) and name its folder."
+
+    def __str__(self) -> str:
+        return f"The local build {self.path}"
+
+    def open(self) -> ModuleType:
+        path = Path(self.path).expanduser().resolve()
+        if not path.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        _verify(path)
+        return get_local_kernel(path)
+
+
+class HubRepository(NamedTuple):
+    repo_id: str
+    revision: str
+    trust_remote_code: bool
+
+    advice = (
+        "Check the repository's name, its revision and the network. If you trust a publisher whom the Hub does not "
+        "list as trusted, set AUREA_KERNEL_TRUST_REMOTE_CODE=1."
+    )
+
+    def __str__(self) -> str:
+        return f"The hub repository {self.repo_id}@{self.revision}"
+
+    def open(self) -> ModuleType:
+        return get_kernel(self.repo_id, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+
+def _named_sources(path=None, repo_id=None, revision=None, trust_remote_code=None) -> tuple:
+    """The sources to try, in order. What is not given is taken from the environment."""
+    path = path or os.environ.get("AUREA_KERNEL_PATH")
+    repo_id = repo_id or os.environ.get("AUREA_KERNEL_REPO")
+    revision = revision or os.environ.get("AUREA_KERNEL_REVISION") or "v1"
+    if trust_remote_code is None:
+        trust_remote_code = os.environ.get("AUREA_KERNEL_TRUST_REMOTE_CODE", "").lower() in ("1", "true", "yes", "on")
+    local = (LocalBuild(str(path)),) if path else ()
+    return (*local, HubRepository(repo_id, revision, trust_remote_code)) if repo_id else local
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _results(layers: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Outputs and gradients of both layers on a small map of fixed values."""
+    waves = torch.arange(320, dtype=torch.float32, device=device).sin().view(2, 1, 4, 5, 8).to(dtype)
+    guidance, source = (wave.clone().requires_grad_() for wave in waves)
+    sigma = torch.tensor(0.7, device=device, requires_grad=True)
+    weights = layers["SpatialRangeWeights"](guidance, sigma, 1)
+    sums = layers["NeighborhoodAggregate"](source, weights, 1)
+    return [weights, sums, *torch.autograd.grad(sums.float().square().sum(), (guidance, sigma, source))]
+
+
+class _Loaded(NamedTuple):
+    layer: type[nn.Module]
+
+    def load(self) -> type[nn.Module]:
+        return self.layer
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _check(layers: dict[str, type[nn.Module]], device_type: str) -> None:
+    """Raises unless `kernels` accepts the layers in place of ours, for training too, and they compute the same."""
+    mapping = {name: {device_type: _Loaded(layer)} for name, layer in layers.items()}
+    with use_kernel_mapping(mapping, inherit_mapping=False):
+        modules = {
+            name: kernelize(layer(), mode=Mode.TRAINING, device=device_type, use_fallback=False)
+            for name, layer in LAYERS.items()
+        }
+    device = torch.device("cuda" if device_type == "rocm" else device_type)
+    with torch.autocast(device.type, enabled=False):
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = _results({name: layer() for name, layer in LAYERS.items()}, device, dtype)
+            # A broken build is looked for, not rounding: TF32 may be in use.
+            torch.testing.assert_close(_results(modules, device, dtype), expected, rtol=2e-2, atol=2e-2)
+
+
+@cache
+def _open(source: LocalBuild | HubRepository) -> tuple[ModuleType | None, str]:
+    """The kernel, or why it cannot be loaded."""
+    try:
+        return source.open(), ""
+    except Exception as error:
+        return None, _describe(error)
+
+
+@cache
+def _warn(message: str) -> None:
+    logger.warning(message)
+
+
+@cache
+def _find_layers(sources: tuple, device_type: str) -> tuple[dict[str, type[nn.Module]], str]:
+    """The layers of the first source that has some which work on this device, and what failed before."""
+    failures = []
+    for source in sources:
+        kernel, reason = _open(source)
+        if kernel is not None:
+            try:
+                layers = {name: getattr(kernel.layers, name) for name in LAYERS}
+                _check(layers, device_type)
+                if failures:
+                    _warn(f"Aurea's kernel comes from the second source named. {source} works. {' '.join(failures)}")
+                return layers, " ".join(failures)
+            except Exception as error:
+                reason = f"it does not work on {device_type}: {_describe(error)}"
+        failures.append(f"{source} failed: {reason.rstrip('.')}. {source.advice}")
+    if not sources:
+        failures.append(
+            "No source of it is named: set the environment variable AUREA_KERNEL_PATH to a local build or "
+            "AUREA_KERNEL_REPO to a hub repository, or call `configure_kernel`."
+        )
+    _warn(f"Aurea's kernel is not used, PyTorch computes instead. {' '.join(failures)}")
+    return {}, " ".join(failures)
+
+
+class AureaKernelRepository:
+    """Where `kernels` gets one layer for one type of device, `RepositoryProtocol`.
+
+    Its sources are those given or, if None, those that the environment names when it is asked.
+    """
+
+    def __init__(self, layer_name: str, device_type: str, sources: tuple | None = None):
+        self.layer_name = layer_name
+        self.device_type = device_type
+        self.sources = sources
+        self.failure = ""
+
+    def load(self) -> type[nn.Module]:
+        """Raises FileNotFoundError, the one error for which transformers keeps the PyTorch layer."""
+        sources = _named_sources() if self.sources is None else self.sources
+        layers, self.failure = _find_layers(sources, self.device_type)
+        if not layers:
+            raise FileNotFoundError(self.failure)
+        return layers[self.layer_name]
+
+    def __deepcopy__(self, memo) -> "AureaKernelRepository":
+        return self
+
+    def __str__(self) -> str:
+        return f"Aurea's kernel (layer `{self.layer_name}`, {self.device_type})"
+
+
+def _register(sources: tuple | None = None, replace: bool = True) -> None:
+    for name in LAYERS:
+        for device_type in DEVICE_TYPES:
+            if replace or device_type not in _KERNEL_MAPPING.get().get(name, {}):
+                register_kernel_mapping({name: {device_type: AureaKernelRepository(name, device_type, sources)}})
+
+
+def configure_kernel(
+    path: str | os.PathLike | None = None,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+) -> None:
+    """Say where the kernel comes from, for all models that ask for it from now on, and forget what failed before.
+
+    What is not given is taken from the environment as it is now. A model in use takes it up at its next
+    `set_use_kernels(True)`.
+
+    Args:
+        path: a local build, the kernel's folder with `build/` in it or a folder of one variant (AUREA_KERNEL_PATH).
+        repo_id: a hub repository, tried if there is no local build or it fails (AUREA_KERNEL_REPO).
+        revision: branch, tag or commit of that repository (AUREA_KERNEL_REVISION, or "v1").
+        trust_remote_code: load it though the Hub does not list its publisher as trusted; it is native code
+            (AUREA_KERNEL_TRUST_REMOTE_CODE).
+
+    Raises:
+        ImportError: if `kernels` is not installed in a version that transformers accepts.
+    """
+    if not is_kernels_available():
+        raise ImportError(f"Aurea's kernel is loaded by `kernels`: {_NO_KERNELS}.")
+    for memory in (_open, _find_layers, _warn):
+        memory.cache_clear()
+    _register(_named_sources(path, repo_id, revision, trust_remote_code))
+
+
+class KernelStatus(NamedTuple):
+    """What computes a model's spatial-range attention."""
+
+    implementation: str
+    """`"kernel"`, `"pytorch"` or, if layers differ, `"mixed"`."""
+    source: str | None
+    """Where the kernel in use comes from."""
+    reason: str
+    """Why this implementation is in use."""
+
+
+_NO_KERNELS = "it is not installed, or in a version that this transformers does not accept"
+
+
+def _device_type(device: torch.device) -> str:
+    return "rocm" if device.type == "cuda" and torch.version.hip else device.type
+
+
+def _layers_of(model: nn.Module) -> list[nn.Module]:
+    # By name: a model loaded with `trust_remote_code` has classes of its own.
+    return [module for module in model.modules() if type(module).__name__ in LAYERS]
+
+
+def _source_in_use(layer: nn.Module) -> str | None:
+    """Where the layer's forward comes from, None if it is the PyTorch one."""
+    forward = getattr(layer.forward, "__func__", layer.forward)
+    if forward is type(layer).forward:
+        return None
+    for kernel in get_loaded_kernels() if is_kernels_available() else ():
+        if f"{forward.__module__}.".startswith(f"{kernel.metadata.id}."):
+            if kernel.repo_info is None:
+                return str(Path(kernel.module.__file__).parent)
+            return f"{kernel.repo_info.repo_id}@{kernel.repo_info.revision}"
+    return forward.__module__
+
+
+def _why_pytorch(layer: nn.Module, device: torch.device) -> str:
+    if not is_kernels_available():
+        return f"`kernels`: {_NO_KERNELS}"
+    if not hasattr(type(layer), "kernel_layer_name"):
+        return "the environment variable USE_HUB_KERNELS switches kernels off"
+    if "forward" not in vars(layer):
+        return "no kernel was asked for: `from_pretrained(..., use_kernels=True)` or `set_use_kernels(True)`"
+    if os.environ.get("DISABLE_KERNEL_MAPPING", "0") != "0":
+        return "the environment variable DISABLE_KERNEL_MAPPING switches kernels off"
+    device_type = _device_type(device)
+    registered = _KERNEL_MAPPING.get().get(type(layer).__name__, {}).get(device_type)
+    if registered is None:
+        return f"no kernel is registered for {device_type}"
+    failures = [getattr(repository, "failure", "") for repository in (registered.repos or {}).values()]
+    return "".join(failures) or "the repository registered for it gave no layer"
+
+
+def kernel_status(model: nn.Module) -> KernelStatus:
+    """What computes the spatial-range attention of a model, or of any part of one, as it stands now, and why."""
+    layers = _layers_of(model)
+    if not layers:
+        return KernelStatus("pytorch", None, "there is no spatial-range attention in it")
+    sources = [_source_in_use(layer) for layer in layers]
+    in_use = ", ".join(sorted(set(filter(None, sources)))) or None
+    if all(sources):
+        return KernelStatus("kernel", in_use, "it was asked for, and computes what PyTorch does")
+    device = next(model.parameters(), torch.empty(0)).device
+    reason = _why_pytorch(layers[sources.index(None)], device)
+    if in_use is None:
+        return KernelStatus("pytorch", None, reason)
+    return KernelStatus("mixed", in_use, f"{sources.count(None)} of {len(layers)} layers are PyTorch's: {reason}")
+
+
+class HubKernelsMixin:
+    """A `PreTrainedModel`'s switch for kernels, so that it follows the model's device and can be switched off."""
+
+    configure_kernel = staticmethod(configure_kernel)
+
+    def kernel_status(self) -> KernelStatus:
+        """What computes this model's spatial-range attention, and why."""
+        return kernel_status(self)
+
+    def set_use_kernels(self, use_kernels: bool, kernel_config=None, mode=None) -> None:
+        """Puts the kernel in the place of the PyTorch layers of spatial-range attention, or, with False, these back.
+
+        transformers also maps other layers, on a GPU the decoder's norms, to repositories that the user did not name.
+        They are asked only for a model that was given a `kernel_config`, which goes the way of transformers.
+        """
+        if not use_kernels:
+            for layer in _layers_of(self):
+                if isinstance(vars(layer).get("forward"), MethodType):
+                    del layer.forward
+        if not use_kernels or kernel_config or self.kernel_config or not is_kernels_available():
+            return super().set_use_kernels(use_kernels, kernel_config, mode)
+        mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
+        device = Device(type=_device_type(self.device))
+        for layer in _layers_of(self):
+            kernelize(layer, mode=mode, device=device, use_fallback=KernelizeFallback.ALL)
+        self._use_kernels = True
+
+    def _apply(self, *args, **kwargs):
+        # All of `to()`, `cuda()`, `cpu()` end here. Each type of device has its own kernel, or none.
+        device_type = self.device.type
+        super()._apply(*args, **kwargs)
+        if self.use_kernels and self.device.type != device_type:
+            self.set_use_kernels(True)
+        return self
+
+
+if is_kernels_available():
+    # Neither what the user has registered already nor another copy of this file is replaced.
+    _register(replace=False)

@@ -1,0 +1,756 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""The kernel in the model: put in place, equal to PyTorch, found where the user says, and gone with one warning."""
+
+import copy
+import importlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import random_pixels, tiny_config, tiny_model
+from safetensors.torch import save_file
+from transformers import KernelConfig, PreTrainedModel
+
+
+kernels = pytest.importorskip("kernels")
+
+from test_integrations_aurea import (  # noqa: E402
+    CODE_FILES,
+    LANGUAGE_MODEL_TARGETS,
+    WITHOUT_PACKAGE,
+    Collator,
+    example_rows,
+    lora_model,
+    train_steps,
+    training_arguments,
+)
+
+from transformers_aurea import (  # noqa: E402
+    AureaForConditionalGeneration,
+    configure_kernel,
+    hub_kernels_aurea,
+    kernel_status,
+)
+from transformers_aurea.fusion_aurea import SpatialRangeFusion  # noqa: E402
+
+
+# The HTTP library is that of the installed `huggingface_hub`; its major releases differ in it.
+httpx = sys.modules[type(huggingface_hub.utils.get_session()).__module__.partition(".")[0]]
+
+REPOSITORY = Path(__file__).parents[1] / "hub_kernels" / "spatial-range-attention"
+ENVIRONMENT = ["PATH", "REPO", "REVISION", "TRUST_REMOTE_CODE"]
+
+# A kernel package without native code, on its own formulation: whole neighbourhoods, unfolded.
+FAKE_LAYERS = """
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+CALLS = []
+
+
+def neighbors(features, radius):
+    extent = 2 * radius + 1
+    padded = pad(features.permute(0, 3, 1, 2), [radius] * 4, mode="reflect")
+    return padded.unfold(2, extent, 1).unfold(3, extent, 1).flatten(4).permute(0, 2, 3, 4, 1)
+
+
+class SpatialRangeWeights(nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, guidance: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor:
+        CALLS.append(guidance.device.type)
+        guidance = guidance.float()
+        dots = (neighbors(guidance, radius) * guidance[:, :, :, None]).sum(-1) / guidance.shape[3] ** 0.5
+        u = torch.linspace(-1, 1, 2 * radius + 1, device=guidance.device)
+        return dots.softmax(-1) * torch.exp(-(u[:, None] ** 2 + u**2).flatten() / (2 * sigma**2))
+
+
+class NeighborhoodAggregate(nn.Module):
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, source: torch.Tensor, weights: torch.Tensor, radius: int) -> torch.Tensor:
+        CALLS.append(source.device.type)
+        return (neighbors(source, radius).float() * weights.float()[..., None]).sum(3).to(source.dtype)
+"""
+
+
+def write_kernel(
+    folder: Path, layers: str = FAKE_LAYERS, init: str = "from . import layers", variant: str = "torch-universal"
+) -> Path:
+    """A kernel repository of one variant, with an id of its own: `kernels` imports each id once in a process."""
+    target = folder / "build" / variant
+    target.mkdir(parents=True)
+    (target / "__init__.py").write_text(init)
+    (target / "layers.py").write_text(layers)
+    identifier = "_fake_" + "".join(letter if letter.isalnum() else "_" for letter in str(folder))
+    metadata = {"id": identifier, "name": "spatial-range-attention", "version": 1, "license": "Apache-2.0"}
+    (target / "metadata.json").write_text(json.dumps({**metadata, "python-depends": [], "backend": {"type": "cpu"}}))
+    return folder
+
+
+def calls(folder: Path) -> list[str]:
+    variant = folder / "build" / "torch-universal"
+    (module,) = {k.module for k in kernels.get_loaded_kernels() if Path(k.module.__file__).parent == variant}
+    return module.layers.CALLS
+
+
+@pytest.fixture(autouse=True)
+def no_source_named(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(f"AUREA_KERNEL_{name}", raising=False)
+    configure_kernel()
+    hub_kernels_aurea._register()  # back to what an import registers: the sources that the environment names
+    yield
+    hub_kernels_aurea._register()
+
+
+@pytest.fixture
+def warnings(caplog) -> list[str]:
+    """Calls give the warnings so far of this package and of none else."""
+    return lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname in ("WARNING", "ERROR") and "aurea" in record.name
+    ]
+
+
+@pytest.fixture(scope="session")
+def fake_kernel(tmp_path_factory) -> Path:
+    return write_kernel(tmp_path_factory.mktemp("fake"))
+
+
+@pytest.fixture(scope="session")
+def compiled_kernel(tmp_path_factory) -> Path:
+    script = REPOSITORY / "build_local.py"
+    if not script.is_file():
+        pytest.skip("the kernel's sources are not beside these tests")
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("there is no C++ compiler")
+    folder = tmp_path_factory.mktemp("compiled")
+    done = subprocess.run([sys.executable, script, "cpu", "--out", folder / "build"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def best_kernel(request) -> Path:
+    """The kernel proper, or the fake one where there is no compiler."""
+    try:
+        return request.getfixturevalue("compiled_kernel")
+    except pytest.skip.Exception:
+        return request.getfixturevalue("fake_kernel")
+
+
+@pytest.fixture
+def kernel(best_kernel) -> Path:
+    """A kernel's folder, named for the models of this test."""
+    configure_kernel(path=best_kernel)
+    return best_kernel
+
+
+@pytest.fixture
+def model() -> AureaForConditionalGeneration:
+    return tiny_model()
+
+
+def picture_inputs(model) -> dict:
+    input_ids = torch.arange(3, 21).reshape(2, 9)
+    input_ids[:, 1] = model.config.image_token_id
+    return {"input_ids": input_ids, "pixel_values": random_pixels(2, model.config)}
+
+
+def logits_and_gradients(model, inputs: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    output = model(**inputs, labels=inputs["input_ids"])
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": output.logits.detach(), **gradients}
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
+    """Differences relative to the largest value of each tensor, and to a floor for gradients that cancel to zero."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-3 * max(tensor.abs().max() for name, tensor in expected.items() if name != "logits")
+    for name, tensor in expected.items():
+        error = (actual[name] - tensor).float().abs().max() / max(tensor.float().abs().max(), floor)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+class TestInPlace:
+    def test_from_pretrained_puts_it_in_place_and_it_stays(self, kernel, converted):
+        model = AureaForConditionalGeneration.from_pretrained(converted, use_kernels=True)
+        for mode in (model.eval, model.train, model.eval):
+            mode()
+            status = model.kernel_status()
+            assert status.implementation == "kernel", status
+            assert Path(status.source).parent.parent == kernel
+        assert kernel_status(model.model.fusion) == status
+
+    def test_the_model_calls_it_once_a_layer(self, fake_kernel, model):
+        configure_kernel(path=fake_kernel)
+        model.set_use_kernels(True)
+        calls(fake_kernel).clear()
+        model(**picture_inputs(model))
+        attentions = len(model.model.fusion.semantic_layers) + len(model.model.fusion.joint_layers)
+        assert calls(fake_kernel) == ["cpu"] * 2 * attentions
+
+    def test_logits_and_all_gradients_are_those_of_pytorch(self, kernel, converted, golden_processor):
+        inputs = Collator(golden_processor)(example_rows(3))
+        inputs.pop("labels")
+        model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).train()
+        expected = logits_and_gradients(model, inputs)
+        model.set_use_kernels(True)
+        actual = logits_and_gradients(model, inputs)
+        assert sum("fusion" in name for name in expected) > 50
+        assert_same(actual, expected, 1e-4)
+
+    def test_greedy_tokens_are_the_recorded_ones(self, kernel, converted, golden_processor, pictures, facts, goldens):
+        model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32, use_kernels=True).eval()
+        inputs = golden_processor(images=pictures["rgb"], text=facts["message_image"], return_tensors="pt")
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=None)
+        assert torch.equal(tokens[:, inputs["input_ids"].shape[1] :], goldens["gen/greedy_image/tokens"])
+        assert model.kernel_status().implementation == "kernel"
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_gradient_checkpointing_changes_no_gradient(self, kernel, model, use_reentrant):
+        inputs = picture_inputs(model)
+        expected = logits_and_gradients(model.train(), inputs)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        model.set_use_kernels(True)
+        assert_same(logits_and_gradients(model, inputs), expected, 1e-4)
+
+    def test_autocast(self, kernel, model):
+        inputs = picture_inputs(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected = logits_and_gradients(model, inputs)
+            model.set_use_kernels(True)
+            actual = logits_and_gradients(model, inputs)
+        assert_same(actual, expected, 0.1)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, kernel, dtype, tmp_path, model):
+        model.save_pretrained(tmp_path)
+        model = AureaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
+        inputs = picture_inputs(model)
+        expected = logits_and_gradients(model, inputs)
+        model.set_use_kernels(True)
+        assert model.model.fusion.output_proj.weight.dtype is dtype
+        assert_same(logits_and_gradients(model, inputs), expected, 0.1 if dtype is torch.bfloat16 else 0.02)
+
+    def test_the_fusion_compiles_in_one_graph(self, kernel):
+        torch.manual_seed(0)
+        fusion = SpatialRangeFusion(6, 4, depth=1, radius=1)
+        maps = [torch.randn(1, 4, 5, channels, requires_grad=True) for channels in (6, 4)]
+        expected = fusion(*maps)
+        mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE
+        kernels.kernelize(fusion, mode=mode, device="cpu", use_fallback=False)
+        assert kernel_status(fusion).implementation == "kernel"
+        torch.compiler.reset()
+        actual = torch.compile(fusion, fullgraph=True, backend="aot_eager")(*maps)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+        gradients = [torch.autograd.grad(output.square().sum(), maps) for output in (actual, expected)]
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+    def test_a_saved_folder_shows_no_trace_of_it(self, kernel, model, tmp_path):
+        model.save_pretrained(tmp_path / "without")
+        model.set_use_kernels(True)
+        model.save_pretrained(tmp_path / "with")
+        names = {path.name for path in (tmp_path / "with").iterdir()}
+        assert names >= CODE_FILES - {"processing_aurea.py", "image_processing_aurea.py"} | {"hub_kernels_aurea.py"}
+        assert names == {path.name for path in (tmp_path / "without").iterdir()}
+        for name in names:
+            assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+
+    def test_a_deep_copy_has_it_and_is_its_own(self, kernel, model):
+        model.set_use_kernels(True)
+        twin = copy.deepcopy(model)
+        assert twin.kernel_status() == model.kernel_status()
+        twin.set_use_kernels(False)
+        assert twin.kernel_status().implementation == "pytorch"
+        assert model.kernel_status().implementation == "kernel"
+
+    def test_switched_off_it_leaves_what_was_before(self, kernel, model):
+        inputs = picture_inputs(model)
+        before, expected = model.kernel_status(), model(**inputs).logits
+        model.set_use_kernels(True)
+        model.set_use_kernels(False)
+        assert model.kernel_status() == before
+        assert model.train().eval().kernel_status() == before
+        assert torch.equal(model(**inputs).logits, expected)
+
+    def test_it_follows_the_device(self, kernel, model, warnings):
+        model.set_use_kernels(True)
+        status = model.kernel_status()
+        model.to("meta")
+        assert model.kernel_status() == ("pytorch", None, "no kernel is registered for meta")
+        model.to_empty(device="cpu")
+        assert model.kernel_status() == status
+        assert warnings() == []
+
+    def test_the_trainer_trains_with_it(self, kernel, converted, golden_processor, tmp_path):
+        from transformers import Trainer
+
+        model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32, use_kernels=True)
+        before = model.model.fusion.joint_layers[0].sigma_spatial.item()
+        arguments = training_arguments(tmp_path, max_steps=1, save_strategy="no", bf16=True)
+        Trainer(model, arguments, Collator(golden_processor), train_dataset=example_rows(3)).train()
+        assert model.training and model.kernel_status().implementation == "kernel"
+        assert model.model.fusion.joint_layers[0].sigma_spatial.item() != before
+
+    def test_an_adapter_trains_on_top_of_it(self, kernel, converted, golden_processor):
+        pytest.importorskip("peft")
+        base = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32, use_kernels=True)
+        model = lora_model(base, LANGUAGE_MODEL_TARGETS + "|.*fusion.*fc1")
+        losses = train_steps(model, Collator(golden_processor)(example_rows(3)), steps=2)
+        assert losses[1] < losses[0]
+        assert kernel_status(model).implementation == "kernel"
+
+    def test_it_stays_where_a_device_map_puts_the_fusion(self, kernel, tmp_path):
+        model = tiny_model()
+        model.save_pretrained(tmp_path / "model")
+        inputs = picture_inputs(model)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            parts = ("vision_model", "spatial_vision_model", "multi_modal_projector", "language_model")
+            device_map = {f"model.{part}": "cpu" for part in parts} | {"model.fusion": "disk", "lm_head": "cpu"}
+            for placement in ({"": "cpu"}, device_map):
+                loaded = AureaForConditionalGeneration.from_pretrained(
+                    tmp_path / "model", device_map=placement, offload_folder=tmp_path, use_kernels=True
+                )
+                assert loaded.eval().kernel_status().implementation == "kernel"
+                torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def edited(*replacements: tuple[str, str]) -> str:
+    layers = FAKE_LAYERS
+    for old, new in replacements:
+        assert old in layers
+        layers = layers.replace(old, new)
+    return layers
+
+
+BROKEN_LAYERS = {
+    "wrong values": (edited(("(2 * sigma**2)", "sigma**2")), "not close"),
+    "not a number": (edited((".to(source.dtype)", ".to(source.dtype) * float('nan')")), "not close"),
+    "wrong gradient": (edited(("guidance[:, :, :, None]", "guidance[:, :, :, None].detach()")), "not close"),
+    "another dtype": (edited((".to(source.dtype)", ".double()")), "dtype"),
+    "unsupported GPU": (
+        edited(("CALLS.append(guidance", "raise RuntimeError('no kernel image is available')\n        (guidance")),
+        "RuntimeError: no kernel image",
+    ),
+    "another signature": (edited((", radius: int) ->", ", radius: int, more=None) ->")), "different number of arg"),
+    "no backward": (edited(("has_backward = True", "has_backward = False")), "does not support mode"),
+    "no such layer": (edited(("class NeighborhoodAggregate", "class Other")), "NeighborhoodAggregate"),
+    "a syntax error": ("class", "SyntaxError"),
+}
+
+
+def assert_falls_back(model, warnings, *patterns: str) -> None:
+    """One warning, the PyTorch path, and neither another warning nor another attempt when it is asked for again."""
+    inputs = picture_inputs(model)
+    expected = model(**inputs).logits
+    model.set_use_kernels(True)
+    assert len(warnings()) == 1, warnings()
+    (message,) = warnings()
+    assert message.startswith("Aurea's kernel is not used, PyTorch computes instead.")
+    for pattern in patterns:
+        assert pattern in message
+    model.train()
+    model.eval()
+    tiny_model().set_use_kernels(True)
+    assert len(warnings()) == 1
+    status = model.kernel_status()
+    assert (status.implementation, status.source) == ("pytorch", None)
+    assert status.reason in message
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+class TestFailures:
+    def test_no_source_named_touches_no_network(self, model, warnings, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("the network was touched")
+
+        for name in ("socket", "getaddrinfo", "create_connection"):
+            monkeypatch.setattr(socket, name, refuse)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        assert_falls_back(model, warnings, "No source of it is named", "AUREA_KERNEL_PATH", "AUREA_KERNEL_REPO")
+
+    def test_no_such_folder(self, model, warnings, monkeypatch, tmp_path):
+        monkeypatch.setenv("AUREA_KERNEL_PATH", str(tmp_path / "nowhere"))
+        assert_falls_back(model, warnings, str(tmp_path / "nowhere"), "no such folder", "build_local.py")
+
+    def test_one_warning_serves_all_types_of_device(self, warnings, tmp_path):
+        sources = (hub_kernels_aurea.LocalBuild(str(tmp_path / "nowhere")),)
+        for device_type in hub_kernels_aurea.DEVICE_TYPES:
+            for name in hub_kernels_aurea.LAYERS:
+                with pytest.raises(FileNotFoundError, match="no such folder"):
+                    hub_kernels_aurea.AureaKernelRepository(name, device_type, sources).load()
+        assert len(warnings()) == 1
+
+    def test_no_build_for_this_platform(self, model, warnings, tmp_path):
+        configure_kernel(path=write_kernel(tmp_path, variant="torch-stable-abi211-cu130-s390x-linux"))
+        assert_falls_back(model, warnings, "Cannot find a build variant for this system", "s390x", "build_local.py")
+
+    def test_sources_that_were_not_built(self, model, warnings, tmp_path):
+        (tmp_path / "build.toml").touch()
+        configure_kernel(path=tmp_path)
+        assert_falls_back(model, warnings, "Cannot find a build variant", "build_local.py")
+
+    def test_a_corrupt_library(self, model, warnings, tmp_path):
+        write_kernel(tmp_path, init="from . import _library")
+        (tmp_path / "build" / "torch-universal" / "_library.abi3.so").write_bytes(b"\x7fELF" + bytes(100))
+        configure_kernel(path=tmp_path)
+        assert_falls_back(model, warnings, "ImportError", "_library.abi3.so")
+
+    def test_a_truncated_build(self, compiled_kernel, model, warnings, tmp_path):
+        shutil.copytree(compiled_kernel, tmp_path / "kernel")
+        (library,) = (tmp_path / "kernel").glob("build/*/*.so")
+        library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
+        configure_kernel(path=tmp_path / "kernel")
+        assert_falls_back(model, warnings, f"{library.name} is damaged", "build_local.py")
+
+    def test_metadata_that_cannot_be_read(self, model, warnings, tmp_path):
+        (write_kernel(tmp_path) / "build" / "torch-universal" / "metadata.json").write_text("{")
+        configure_kernel(path=tmp_path)
+        assert_falls_back(model, warnings, "JSONDecodeError")
+
+    def test_another_package(self, model, warnings, tmp_path):
+        configure_kernel(path=write_kernel(tmp_path, init="from torch import relu"))
+        assert_falls_back(model, warnings, "layers")
+
+    @pytest.mark.parametrize("case", BROKEN_LAYERS)
+    def test_a_build_that_does_not_work_is_found_when_loaded(self, case, model, warnings, tmp_path):
+        layers, pattern = BROKEN_LAYERS[case]
+        configure_kernel(path=write_kernel(tmp_path, layers))
+        assert_falls_back(model, warnings, pattern, str(tmp_path))
+
+    def test_offline(self, model, warnings, monkeypatch):
+        monkeypatch.setenv("AUREA_KERNEL_REPO", "someone/spatial-range-attention")
+        assert_falls_back(model, warnings, "someone/spatial-range-attention@v1", "offline mode")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub in this process: give it a handler of requests; it keeps those that came."""
+    requests = []
+
+    def answer_with(handler):
+        def handle(request: httpx.Request) -> httpx.Response:
+            if "/api/agent-harnesses" not in str(request.url):  # asked once, by huggingface_hub for itself
+                requests.append(str(request.url))
+            return handler(request)
+
+        huggingface_hub.set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(handle)))
+        return requests
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
+    yield answer_with
+    huggingface_hub.set_client_factory(httpx.Client)
+    huggingface_hub.close_session()
+
+
+class TestHub:
+    REPO = "someone/spatial-range-attention"
+
+    def test_no_network(self, hub, model, warnings):
+        def fail(request):
+            raise httpx.ConnectError("name resolution failed")
+
+        requests = hub(fail)
+        configure_kernel(repo_id=self.REPO, trust_remote_code=True)
+        assert_falls_back(model, warnings, self.REPO, "name resolution failed", "network")
+        assert requests and all(self.REPO in url for url in requests)
+        count = len(requests)
+        model.train()
+        tiny_model().set_use_kernels(True)
+        assert len(requests) == count
+
+    def test_a_publisher_who_is_not_trusted(self, hub, model, warnings):
+        requests = hub(lambda request: httpx.Response(200, json={"name": "someone", "fullname": "Someone"}))
+        configure_kernel(repo_id=self.REPO)
+        assert_falls_back(model, warnings, "not from a trusted publisher", "AUREA_KERNEL_TRUST_REMOTE_CODE=1")
+        assert requests == ["https://huggingface.co/api/organizations/someone/overview"]
+
+    def test_no_such_revision(self, hub, model, warnings, monkeypatch):
+        requests = hub(lambda request: httpx.Response(404, headers={"X-Error-Code": "RevisionNotFound"}))
+        monkeypatch.setenv("AUREA_KERNEL_REPO", self.REPO)
+        monkeypatch.setenv("AUREA_KERNEL_REVISION", "v7")
+        monkeypatch.setenv("AUREA_KERNEL_TRUST_REMOTE_CODE", "1")
+        assert_falls_back(model, warnings, f"{self.REPO}@v7", "404")
+        assert any("/v7" in url for url in requests)
+
+    def test_the_repository_serves_where_the_local_build_fails(
+        self, hub, model, warnings, tmp_path, fake_kernel, monkeypatch
+    ):
+        requests = hub(lambda request: httpx.Response(500))
+        monkeypatch.setenv("LOCAL_KERNELS", f"{self.REPO}={fake_kernel}")  # stands for what the Hub holds
+        configure_kernel(path=tmp_path / "nowhere", repo_id=self.REPO)
+        model.set_use_kernels(True)
+        model.train()
+        assert model.kernel_status().implementation == "kernel"
+        (message,) = warnings()
+        assert self.REPO in message and "nowhere failed" in message and "no such folder" in message
+        assert requests == []
+
+    def test_a_local_build_comes_first(self, hub, model, warnings, fake_kernel):
+        requests = hub(lambda request: httpx.Response(500))
+        configure_kernel(path=fake_kernel, repo_id=self.REPO)
+        model.set_use_kernels(True)
+        assert Path(model.kernel_status().source).is_relative_to(fake_kernel)
+        assert requests == [] and warnings() == []
+
+    def test_both_fail(self, hub, model, warnings, tmp_path):
+        hub(lambda request: httpx.Response(200, json={"name": "someone", "fullname": "Someone"}))
+        configure_kernel(path=tmp_path / "nowhere", repo_id=self.REPO)
+        assert_falls_back(model, warnings, "nowhere failed", "no such folder", "not from a trusted publisher")
+
+
+class TestSources:
+    def test_the_environment_names_a_repository_a_build_or_a_variant(self, fake_kernel, model, monkeypatch):
+        for folder in (fake_kernel, fake_kernel / "build", fake_kernel / "build" / "torch-universal"):
+            monkeypatch.setenv("AUREA_KERNEL_PATH", str(folder))
+            model.set_use_kernels(True)
+            assert model.kernel_status().implementation == "kernel"
+            model.set_use_kernels(False)
+
+    def test_what_failed_is_tried_again_once_it_is_named_anew(
+        self, fake_kernel, model, warnings, monkeypatch, tmp_path
+    ):
+        configure_kernel(path=tmp_path / "kernel")
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "pytorch" and len(warnings()) == 1
+        write_kernel(tmp_path / "kernel")
+        configure_kernel(path=tmp_path / "kernel")
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and len(warnings()) == 1
+
+    def test_relative_paths_and_the_home_folder(self, fake_kernel, model, monkeypatch, warnings):
+        monkeypatch.chdir(fake_kernel.parent)
+        configure_kernel(path=fake_kernel.name)
+        model.set_use_kernels(True)
+        assert model.kernel_status().source == str(fake_kernel / "build" / "torch-universal")
+        monkeypatch.setenv("HOME", str(fake_kernel.parent))
+        configure_kernel(path=f"~/{fake_kernel.name}")
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and warnings() == []
+        variants = [Path(loaded.module.__file__).parent for loaded in kernels.get_loaded_kernels()]
+        assert variants.count(fake_kernel / "build" / "torch-universal") == 1  # operators can be registered only once
+
+    def test_another_copy_of_the_code_replaces_nothing(self, model, fake_kernel, tmp_path, monkeypatch):
+        """As when the package is imported and a folder is loaded with `trust_remote_code` in one process."""
+        theirs = kernels.LocalLayerRepository(fake_kernel, layer_name="NeighborhoodAggregate")
+        kernels.register_kernel_mapping({"NeighborhoodAggregate": {"cpu": theirs}})
+        kernels.register_kernel_mapping({"RMSNorm": {"cpu": theirs}})
+        mapping = hub_kernels_aurea._KERNEL_MAPPING.get()
+        before = {name: {device: repos.__dict__.copy() for device, repos in mapping[name].items()} for name in mapping}
+        source = Path(hub_kernels_aurea.__file__)
+        package = tmp_path / "copied"
+        package.mkdir()
+        (package / "__init__.py").touch()
+        for name in ("hub_kernels_aurea.py", "spatial_range_attention_aurea.py"):
+            shutil.copy(source.with_name(name), package)
+        monkeypatch.syspath_prepend(tmp_path)
+        twin = importlib.import_module("copied.hub_kernels_aurea")
+        try:
+            after = {n: {device: repos.__dict__.copy() for device, repos in mapping[n].items()} for n in mapping}
+            assert after == before
+            # Each copy tells of the other's models, and each can say where the kernel comes from.
+            twin.configure_kernel(path=fake_kernel)
+            model.set_use_kernels(True)
+            assert twin.kernel_status(model) == model.kernel_status()
+            assert model.kernel_status().implementation == "kernel"
+            twin.configure_kernel(path=tmp_path / "nowhere")
+            model.set_use_kernels(True)
+            assert "nowhere" in model.kernel_status().reason
+        finally:
+            del mapping["RMSNorm"]
+
+    def test_what_the_user_registers_is_used(self, model, fake_kernel, warnings):
+        mapping = {
+            name: {"cpu": kernels.LocalLayerRepository(fake_kernel, layer_name=name)}
+            for name in hub_kernels_aurea.LAYERS
+        }
+        with kernels.use_kernel_mapping(mapping):
+            model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and warnings() == []
+
+    def test_a_repository_names_itself_without_a_network_and_is_not_copied(self):
+        repository = hub_kernels_aurea.AureaKernelRepository("SpatialRangeWeights", "cuda")
+        assert str(repository) == "Aurea's kernel (layer `SpatialRangeWeights`, cuda)"
+        assert copy.deepcopy(repository) is repository
+
+    def test_no_repository_is_asked_for_other_layers(self, model, fake_kernel, warnings):
+        """As on a GPU, where transformers maps the decoder's norms to a repository that the user did not name."""
+        configure_kernel(path=fake_kernel)
+        unreachable = kernels.LayerRepository("someone/norms", layer_name="RMSNorm", version=1)
+        with kernels.use_kernel_mapping({"RMSNorm": {"cpu": unreachable}}):
+            model.set_use_kernels(True)
+            model.train()
+            model.eval()
+            assert model.use_kernels and model.kernel_status().implementation == "kernel"
+            assert warnings() == []
+            inputs = picture_inputs(model)
+            torch.testing.assert_close(model(**inputs).logits, tiny_model()(**inputs).logits, atol=1e-4, rtol=1e-4)
+            model.set_use_kernels(False)
+            assert model.kernel_status().implementation == "pytorch"
+
+    def test_a_kernel_config_goes_the_way_of_transformers(self, model, fake_kernel, monkeypatch):
+        configure_kernel(path=fake_kernel)
+        asked = []
+        monkeypatch.setattr(
+            PreTrainedModel, "set_use_kernels", lambda self, *arguments: asked.append(arguments)
+        )
+        config = KernelConfig({})
+        model.set_use_kernels(True, config)
+        assert asked == [(True, config, None)]
+
+
+class TestStatus:
+    def test_not_asked_for(self, model):
+        status = kernel_status(model)
+        assert (status.implementation, status.source) == ("pytorch", None)
+        assert "use_kernels=True" in status.reason
+
+    def test_switched_off_by_the_environment(self, model, fake_kernel, monkeypatch, warnings):
+        monkeypatch.setenv("DISABLE_KERNEL_MAPPING", "1")
+        monkeypatch.setattr("kernels.layer.layer._DISABLE_KERNEL_MAPPING", True)  # as read at its import
+        configure_kernel(path=fake_kernel)
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "pytorch"
+        assert "DISABLE_KERNEL_MAPPING" in model.kernel_status().reason and warnings() == []
+
+    def test_layers_that_differ(self, model, fake_kernel):
+        configure_kernel(path=fake_kernel)
+        model.set_use_kernels(True)
+        del model.model.fusion.joint_layers[1].spatial_range_weights.forward
+        status = model.kernel_status()
+        assert status.implementation == "mixed"
+        assert status.source == str(fake_kernel / "build" / "torch-universal")
+        assert status.reason.startswith("1 of 8 layers are PyTorch's: no kernel was asked for")
+
+    def test_a_layer_that_another_hand_replaced(self, model):
+        model.model.fusion.semantic_layers[0].neighborhood_aggregate.forward = lambda *args: None
+        assert model.kernel_status()[:2] == ("mixed", __name__)
+
+    def test_a_model_without_the_attention(self):
+        config = tiny_config()
+        config.fusion_config.fusion_type = "concat"
+        assert AureaForConditionalGeneration(config).kernel_status() == (
+            *("pytorch", None),
+            "there is no spatial-range attention in it",
+        )
+
+
+SCRIPT = """
+import json, logging, sys
+logging.basicConfig(level=logging.WARNING)
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+folder, inputs, expected = sys.argv[1:]
+settings = {"trust_remote_code": True, "dtype": torch.float32}
+inputs, expected = load_file(inputs), load_file(expected)["logits"]
+report = []
+
+def check(model):
+    with torch.no_grad():
+        difference = (model(**inputs).logits - expected).abs().max().item()
+    report.append([*model.kernel_status(), difference])
+    return model
+"""
+
+REMOTE = """
+model = check(AutoModelForImageTextToText.from_pretrained(folder, use_kernels=True, **settings))
+check(model.train().eval())
+model.set_use_kernels(False)
+check(model)
+model.configure_kernel(path="nowhere")
+model.set_use_kernels(True)
+check(model)
+"""
+
+WITHOUT_KERNELS = """
+import importlib.abc, importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name == "kernels" else find_spec(name, *args)
+
+class NoKernels(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "kernels":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NoKernels())
+"""
+
+NOT_INSTALLED = """
+model = check(AutoModelForImageTextToText.from_pretrained(folder, **settings))
+for ask in (lambda: model.set_use_kernels(True), lambda: model.configure_kernel(path="somewhere")):
+    try:
+        ask()
+    except (ValueError, ImportError) as error:
+        report.append([type(error).__name__, str(error)])
+check(model.train().eval())
+"""
+
+SWITCHED_OFF = """
+check(AutoModelForImageTextToText.from_pretrained(folder, use_kernels=True, **settings))
+"""
+
+
+class TestRemoteCode:
+    """A folder loaded with `trust_remote_code`, in a process in which this package cannot be imported."""
+
+    @pytest.fixture(scope="class")
+    def saved(self, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("saved")
+        model = tiny_model()
+        model.save_pretrained(folder / "model")
+        inputs = picture_inputs(model)
+        save_file(inputs, folder / "inputs.safetensors")
+        with torch.no_grad():
+            save_file({"logits": model(**inputs).logits}, folder / "logits.safetensors")
+        return folder
+
+    def run(self, saved: Path, script: str, prelude: str = "", **environment) -> tuple[list, str]:
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        inherited |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(saved / "home")}
+        files = [saved / name for name in ("model", "inputs.safetensors", "logits.safetensors")]
+        code = WITHOUT_PACKAGE + prelude + SCRIPT + script + "\nprint(json.dumps(report))"
+        command = [sys.executable, "-c", code, *map(str, files)]
+        done = subprocess.run(command, cwd=saved, env=inherited | environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    def test_the_kernel_is_in_place(self, kernel, saved):
+        report, errors = self.run(saved, REMOTE, AUREA_KERNEL_PATH=str(kernel))
+        loaded, again, off, failed = report
+        assert loaded == again
+        assert loaded[0] == "kernel" and Path(loaded[1]).is_relative_to(kernel) and loaded[3] < 1e-4
+        assert off[0] == "pytorch" and "no kernel was asked for" in off[2] and off[3] < 1e-5
+        assert failed[0] == "pytorch" and "no such folder" in failed[2]
+        assert errors.count("Aurea's kernel is not used") == 1
+
+    def test_without_kernels_installed_all_is_as_before(self, saved):
+        (loaded, switched, configured, again), _ = self.run(saved, NOT_INSTALLED, prelude=WITHOUT_KERNELS)
+        assert loaded[0] == again[0] == "pytorch" and loaded[3] < 1e-5 and again[3] < 1e-5
+        assert "`kernels`: it is not installed" in loaded[2]
+        assert switched[0] == "ValueError" and "Kernels are not available" in switched[1]
+        assert configured[0] == "ImportError" and "not installed" in configured[1]
+
+    def test_hub_kernels_switched_off(self, saved, fake_kernel):
+        ((implementation, source, reason, difference),), _ = self.run(
+            saved, SWITCHED_OFF, AUREA_KERNEL_PATH=str(fake_kernel), USE_HUB_KERNELS="NO"
+        )
+        assert (implementation, source) == ("pytorch", None) and "USE_HUB_KERNELS" in reason and difference < 1e-5
