@@ -608,9 +608,7 @@ class TestSources:
     def test_a_kernel_config_goes_the_way_of_transformers(self, model, fake_kernel, monkeypatch):
         configure_kernel(path=fake_kernel)
         asked = []
-        monkeypatch.setattr(
-            PreTrainedModel, "set_use_kernels", lambda self, *arguments: asked.append(arguments)
-        )
+        monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda self, *arguments: asked.append(arguments))
         config = KernelConfig({})
         model.set_use_kernels(True, config)
         assert asked == [(True, config, None)]
