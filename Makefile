@@ -15,4 +15,6 @@ slow:
 	python -m pytest -m "slow and not gpu"
 
 bench:
-	python benchmarks/benchmark_spatial_range_attention.py
+	python hub_kernels/spatial-range-attention/build_local.py cpu
+	python benchmarks/benchmark_spatial_range_attention.py --kernel hub_kernels/spatial-range-attention/build
+	python benchmarks/draw_chart.py

@@ -1,312 +1,264 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""Compare spatial-range attention with the published formulation, on one CPU core.
+"""Compare implementations of spatial-range attention on one CPU core or on a CUDA device.
 
-    python benchmarks/benchmark_spatial_range_attention.py [--quick] [--output results.json]
+    python benchmarks/benchmark_spatial_range_attention.py [--device cuda] [--kernel FOLDER] [--quick]
 
-The published formulation pads by reflection, unfolds every neighbourhood into (B, C, K, H, W), once for the guidance
-and once for the values, and sums with einsum; it is written out below. Variants take turns in one process, one thread,
-and each figure is a median of processor time, which other programs on the machine disturb least: compare ratios within
-one run, not milliseconds of two. Errors are the largest difference from a float64 reference, relative to its largest
-value. Memory is the peak of what torch's allocator holds above the inputs, added up from the profiler's record of each
-allocation and release; scratch space inside the BLAS is not seen.
+`published` is the published formulation, `pytorch` our PyTorch path, `compiled` torch.compile of that, `kernel` the
+compiled kernel, a local build; FlexAttention and NATTEN take part in speed only (`baselines.py`). All variants and all
+sizes of one table take turns in one process, and each figure is a median: compare ratios within one run, not
+milliseconds of two. On a CPU one thread computes and processor time counts. On CUDA `ms` is the time of calls from
+Python, one after the other, `graph_ms` that of a replayed CUDA graph.
+
+Errors are the largest difference from a float64 reference on the same inputs, relative to its largest value; on grids
+beyond 32 × 32 over three squares: two opposite corners and the middle. Memory, `mb`, is the most that torch's
+allocator holds above the inputs; `resident_mb` the growth of the resident set, scratch space of libraries and kernel
+included. What does not run, or would take too long or too much memory, is listed with the reason under `not_run`.
 """
 
 import argparse
-import gc
+import importlib.util
 import json
 import math
-import platform
-import statistics
-import time
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import baselines
 import torch
-import torch.nn.functional as F
-from torch import nn
+from layers import benchmark_fusion, benchmark_layer, benchmark_layer_parts
+from measuring import DEVICES, MIB, hardware, relative_error, set_precision
+from trials import BASE, RADIUS, SEED, Bench, Trial, new_row
 
-from transformers_aurea.fusion_aurea import SpatialRangeAttention, SpatialRangeFusion
 from transformers_aurea.spatial_range_attention_aurea import neighborhood_aggregate, spatial_range_weights
 
 
-RADIUS = 3
-GRID = 16
+ROOT = Path(__file__).resolve().parents[1]
+KERNEL = ROOT / "hub_kernels" / "spatial-range-attention" / "build"
+SLOWEST = 10  # seconds that a call of the published formulation may take
+AT_BASE = "measured at batch 1, 16×16 only"
 
 
-# ---- the published formulation, maps of (B, C, H, W) ----
+class Variant(NamedTuple):
+    """One way to compute the op, from (guidance, sigma, source) in token layout, or as maps (B, C, H, W)."""
+
+    name: str
+    op: Callable
+    maps: bool = False
+    comparable: bool = True  # with the reference
+    only_base: bool = False
 
 
-def published_unfold(maps, radius):
-    batch, channels, height, width = maps.shape
-    padded = F.pad(maps, [radius] * 4, mode="reflect")
-    return F.unfold(padded, 2 * radius + 1).view(batch, channels, -1, height, width)
+# ---- the op ----
 
 
-def published_weights(proj, sigma, radius):
-    similarities = torch.einsum("bchw,bcnhw->bnhw", proj, published_unfold(proj, radius)) / math.sqrt(proj.shape[1])
-    u = torch.linspace(-1, 1, 2 * radius + 1, dtype=proj.dtype)
-    gaussian = torch.exp(-(u[:, None] ** 2 + u[None, :] ** 2) / (2 * sigma**2))
-    return similarities.softmax(1) * gaussian.view(1, -1, 1, 1)
+def op_of(weights, aggregate):
+    return lambda guidance, sigma, source: aggregate(source, weights(guidance, sigma, RADIUS), RADIUS)
 
 
-def published_aggregate(values, weights, radius):
-    return torch.einsum("bnhw,bcnhw->bchw", weights, published_unfold(values, radius))
+def op_variants(bench):
+    yield Variant("published", lambda *inputs: baselines.published_op(*inputs, RADIUS), maps=True)
+    ours = op_of(spatial_range_weights, neighborhood_aggregate)
+    yield Variant("pytorch", ours)
+    if bench.compiled:
+        yield Variant("compiled", torch.compile(ours, dynamic=False))
+    if bench.kernel:
+        yield Variant("kernel", op_of(bench.kernel.spatial_range_weights, bench.kernel.neighborhood_aggregate))
+    yield Variant("flex_attention", baselines.flex_op(RADIUS), comparable=False, only_base=True)
+    if "natten" not in bench.missing:
+        on_cpu = bench.device.type == "cpu"
+        yield Variant("natten", baselines.natten_op(RADIUS), comparable=False, only_base=on_cpu)
 
 
-def published_projection(projection, maps):
-    """1×1 convolution, LayerNorm over channels in the dtype of the maps, activation, 1×1 convolution."""
-    maps = F.conv2d(maps, projection.fc1.weight[:, :, None, None], projection.fc1.bias)
-    mean = maps.mean(1, keepdim=True)
-    variance = (maps - mean).pow(2).mean(1, keepdim=True)
-    maps = (maps - mean) / torch.sqrt(variance + projection.norm.eps)
-    maps = projection.norm.weight[:, None, None] * maps + projection.norm.bias[:, None, None]
-    return F.conv2d(projection.activation(maps), projection.fc2.weight[:, :, None, None], projection.fc2.bias)
-
-
-def published_layer(layer, values, semantic):
-    proj = published_projection(layer.range_proj, semantic)
-    proj = proj.to(torch.promote_types(proj.dtype, torch.float32))
-    weights = published_weights(proj, layer.sigma_spatial, layer.radius).to(semantic.dtype)
-    fixup = published_projection(layer.fixup_proj, torch.cat([weights, semantic], 1))
-    weights = weights + weights * fixup.sigmoid()
-    weights = weights / (weights.sum(1, keepdim=True) + 1e-7)
-    return published_projection(layer.output_proj, published_aggregate(values, weights, layer.radius))
-
-
-def published_fusion(fusion, semantic_features, spatial_features):
-    semantic = fusion.semantic_proj(fusion.semantic_norm(semantic_features)).permute(0, 3, 1, 2)
-    spatial = fusion.spatial_norm(spatial_features).permute(0, 3, 1, 2)
-    semantic, spatial = semantic.contiguous(), spatial.contiguous()
-    joint_values = torch.cat([spatial, semantic], 1)
-    for layer in fusion.semantic_layers:
-        semantic = published_layer(layer, spatial, semantic) + semantic
-    joint = torch.cat([spatial, semantic], 1)
-    for layer in fusion.joint_layers:
-        joint = published_layer(layer, joint_values, joint) + joint
-    return fusion.output_proj(joint.flatten(2).transpose(1, 2))
-
-
-# ---- references in float64, by a loop over the neighbours ----
-
-
-def reference_op(guidance, sigma, source, radius):
-    """Weights and their sum in float64, token layout; needs no more memory than a few maps."""
-    guidance, source, sigma = guidance.double(), source.double(), sigma.double()
-    height, width = guidance.shape[1:3]
-
-    def neighbors(maps):
-        padded = F.pad(maps.permute(0, 3, 1, 2), [radius] * 4, mode="reflect").permute(0, 2, 3, 1)
-        for dy in range(2 * radius + 1):
-            for dx in range(2 * radius + 1):
-                yield padded[:, dy : dy + height, dx : dx + width]
-
-    similarities = torch.stack([(guidance * neighbor).sum(-1) for neighbor in neighbors(guidance)], -1)
-    u = torch.linspace(-1, 1, 2 * radius + 1, dtype=torch.float64)
-    gaussian = torch.exp(-(u[:, None] ** 2 + u[None, :] ** 2) / (2 * sigma**2)).flatten()
-    weights = (similarities / math.sqrt(guidance.shape[-1])).softmax(-1) * gaussian
-    return sum(weights[..., n, None] * neighbor for n, neighbor in enumerate(neighbors(source)))
-
-
-# ---- measuring ----
-
-
-def interleaved_medians(functions, rounds, repeats):
-    """Median processor seconds of each function. Every round runs each of them, `repeats[name]` times, in turn."""
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        function()  # warm up
-    for _ in range(rounds):
-        for name, function in functions.items():
-            for _ in range(repeats[name]):
-                start = time.process_time()
-                function()
-                times[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def peak_memory(function):
-    """Bytes that torch's allocator holds at most during the call, above what it held before."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-
-
-def op_inputs(batch, grid, channels, dtype=torch.float32):
+def op_inputs(batch, grid, channels, dtype, device):
     """Guidance scaled so that the softmax spreads over the neighbours."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     guidance = torch.randn(batch, grid, grid, channels, generator=generator) * (2 / math.sqrt(channels)) ** 0.5
-    source = torch.randn(batch, grid, grid, channels, generator=generator)
-    return guidance.to(dtype), torch.tensor(1.0), source.to(dtype)
+    source, upstream = (torch.randn(batch, grid, grid, channels, generator=generator) for _ in range(2))
+    guidance, source, upstream = (tensor.to(device, dtype) for tensor in (guidance, source, upstream))
+    return (guidance, torch.tensor(1.0, device=device), source), upstream
 
 
-def ours(guidance, sigma, source):
-    return neighborhood_aggregate(source, spatial_range_weights(guidance, sigma, RADIUS), RADIUS)
-
-
-def published(guidance, sigma, source):
-    return published_aggregate(source, published_weights(guidance, sigma, RADIUS), RADIUS)
-
-
-def with_backward(function, inputs):
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    upstream = torch.ones_like(inputs[2])
+def with_backward(op, inputs, upstream):
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
 
     @torch.enable_grad()
     def run():
-        output = function(*leaves)
-        return output, torch.autograd.grad(output, leaves, upstream)
+        output = op(*leaves)
+        return output, *torch.autograd.grad(output, leaves, upstream)
 
     return run
 
 
-# ---- the tables ----
+def squares(grid, side=16):
+    """Regions of a grid in which errors are measured."""
+    if grid <= 32:
+        return [(slice(0, grid), slice(0, grid))]
+    starts = (0, (grid - side) // 2, grid - side)
+    return [(slice(start, start + side), slice(start, start + side)) for start in starts]
 
 
-def benchmark_op(batch, channels, rounds):
-    """Forward, and forward with backward, of the two functions together."""
-    inputs = op_inputs(batch, GRID, channels)
-    maps = [tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor for tensor in inputs]
-    error = relative_error(ours(*inputs), reference_op(*inputs, RADIUS))
-    passes = {
-        "forward": (lambda: published(*maps), lambda: ours(*inputs)),
-        "forward+backward": (with_backward(published, maps), with_backward(ours, inputs)),
-    }
-    for name, (baseline, candidate) in passes.items():
-        seconds = interleaved_medians({"published": baseline, "ours": candidate}, rounds, {"published": 1, "ours": 5})
-        memory = {"published": peak_memory(baseline), "ours": peak_memory(candidate)}
-        yield {
-            "what": f"op {name}",
-            "shape": [batch, GRID, GRID, channels],
-            "dtype": "float32",
-            "published_ms": seconds["published"] * 1e3,
-            "ours_ms": seconds["ours"] * 1e3,
-            "speedup": seconds["published"] / seconds["ours"],
-            "published_mb": memory["published"] / 2**20,
-            "ours_mb": memory["ours"] / 2**20,
-            "memory_ratio": memory["published"] / memory["ours"],
-            "error": error,
-        }
+def check_against(expected, gradients, variant):
+    """A function of a variant's result that gives its errors."""
+
+    def check(result):
+        output, *grads = (baselines.to_tokens(tensor) if variant.maps else tensor for tensor in result)
+        errors = [relative_error(output[:, rows, columns], square) for (rows, columns), square in expected]
+        figures = {"error": max(errors)}
+        for name, actual, gradient in zip(("guidance", "sigma", "source"), grads, gradients):
+            figures[f"error_of_{name}_gradient"] = relative_error(actual, gradient)
+        return figures
+
+    return check if variant.comparable else lambda result: {}
 
 
-def benchmark_grid(grid, channels, rounds):
-    inputs = op_inputs(1, grid, channels)
-    seconds = interleaved_medians({"ours": lambda: ours(*inputs)}, rounds, {"ours": 1})["ours"]
-    return {
-        "what": "op forward, grid",
-        "shape": [1, grid, grid, channels],
-        "dtype": "float32",
-        "ours_ms": seconds * 1e3,
-        "us_per_position": seconds / grid**2 * 1e6,
-        "ours_mb": peak_memory(lambda: ours(*inputs)) / 2**20,
-        "error": relative_error(ours(*inputs), reference_op(*inputs, RADIUS)),
-    }
+def op_trials(bench, variants, row, base_row, dtype, backward):
+    """A trial of each variant at the row's size."""
+    batch, grid, _, channels = row["shape"]
+    inputs, upstream = op_inputs(batch, grid, channels, dtype, bench.device.type)
+    regions = squares(grid)
+    expected = [(region, baselines.reference_op(*inputs, RADIUS, region)) for region in regions]
+    gradients = ()
+    if backward and (batch, grid) == BASE:
+        leaves = [tensor.double() for tensor in inputs]
+        reference = with_backward(lambda *leaves: baselines.reference_op(*leaves, RADIUS), leaves, upstream.double())
+        _, *gradients = reference()
+    elif backward:
+        row["gradient_errors"] = AT_BASE
+
+    def obstacle(variant):
+        if row is base_row:
+            return None
+        if variant.name not in base_row["variants"]:
+            return base_row["not_run"][variant.name]
+        if variant.only_base:
+            return f"{AT_BASE}: other sizes would have to be compiled, or need the scores of all pairs"
+        if variant.name != "published":
+            return None
+        if dtype != torch.float32 and bench.device.type == "cpu":
+            return f"{AT_BASE} in this dtype, to keep the run short"
+        base = base_row["variants"]["published"]
+        times = math.prod(row["shape"]) / math.prod(base_row["shape"])
+        seconds, megabytes = base["first_call_s"] * times, base["mb"] * times
+        if seconds > SLOWEST:
+            return f"would take about {seconds:.0f} s a call, judging by the smallest size"
+        if megabytes > 0.8 * bench.device.free_bytes() / MIB:
+            return f"would take about {megabytes / 1024:.0f} GiB, judging by the smallest size"
+        return None
+
+    def prepare(variant):
+        arguments = [baselines.to_maps(tensor) for tensor in inputs] if variant.maps else inputs
+        if backward:
+            return with_backward(variant.op, arguments, baselines.to_maps(upstream) if variant.maps else upstream)
+        return lambda: (variant.op(*arguments),)
+
+    for variant in variants:
+        check = check_against(expected, gradients, variant)
+        compiles = variant.name in ("compiled", "flex_attention")
+        yield Trial(row, variant.name, partial(prepare, variant), check, partial(obstacle, variant), compiles)
 
 
-def linear_layers_only(fusion, features):
-    """The matrix products of the fusion's linear layers, one after the other, on inputs of their shapes."""
-    linears = [module for module in fusion.modules() if isinstance(module, nn.Linear)]
-    widths = {linear.in_features for linear in linears}
-    inputs = {width: torch.randn(1, GRID * GRID, width).to(features.dtype) for width in widths}
-
-    def run():
-        for linear in linears:
-            linear(inputs[linear.in_features])
-
-    return run
-
-
-def benchmark_fusion(dtype, depth, rounds, fusion, features, expected):
-    """The stack at its published width. σ stays float32, as the model keeps it."""
-    fusion.to(dtype)
-    for module in fusion.modules():
-        if isinstance(module, SpatialRangeAttention):
-            module.sigma_spatial.data = module.sigma_spatial.data.float()
-    features = [tensor.to(dtype) for tensor in features]
-    functions = {
-        "published": lambda: published_fusion(fusion, *features),
-        "ours": lambda: fusion(*features),
-        "linear layers": linear_layers_only(fusion, features[0]),
-    }
-    seconds = interleaved_medians(functions, rounds, {"published": 1, "ours": 5, "linear layers": 5})
-    return {
-        "what": f"fusion of {4 * depth} layers",
-        "shape": [1, GRID, GRID, fusion.output_dim],
-        "dtype": str(dtype).removeprefix("torch."),
-        "published_ms": seconds["published"] * 1e3,
-        "ours_ms": seconds["ours"] * 1e3,
-        "linear_layers_ms": seconds["linear layers"] * 1e3,
-        "speedup": seconds["published"] / seconds["ours"],
-        "fraction_of_linear_layers_speed": seconds["linear layers"] / seconds["ours"],
-        "error": relative_error(functions["ours"](), expected),
-        "published_error": relative_error(functions["published"](), expected),
-    }
+def benchmark_op(bench, channels, precision, places):
+    """Forward, and forward with backward, at all places together."""
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    for what in ("op forward", "op forward+backward"):
+        torch.compiler.reset()
+        variants = list(op_variants(bench))
+        rows = [new_row(what, (batch, grid, grid, channels), precision, bench.missing) for batch, grid in places]
+        bench.measure(
+            trial
+            for row in rows
+            for trial in op_trials(bench, variants, row, rows[0], dtype, backward=what.endswith("backward"))
+        )
 
 
-def benchmark_fusions(depth, rounds):
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    fusion = SpatialRangeFusion(semantic_dim=1152, spatial_dim=1536, depth=depth, radius=RADIUS).requires_grad_(False)
-    features = [torch.randn(1, GRID, GRID, channels, generator=generator) for channels in (1152, 1536)]
-    expected = published_fusion(fusion.double(), *(tensor.double() for tensor in features))
-    for dtype in (torch.float32, torch.bfloat16):
-        yield benchmark_fusion(dtype, depth, rounds, fusion, features, expected)
+# ---- the run ----
 
 
-def hardware():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "bfloat16_instructions": sorted(flags & {"avx512_bf16", "amx_bf16"}),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-    }
+def load_kernel(folder):
+    """The kernel and what its build says about itself."""
+    from kernels import get_local_kernel
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    kernel = get_local_kernel(folder)
+    metadata = json.loads((Path(kernel.__file__).parent / "metadata.json").read_text())
+    return kernel, {key: metadata[key] for key in ("id", "name", "version", "backend")}
 
 
-def format_row(row):
-    figures = (f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
-    return f"{row['what']:24} {'×'.join(map(str, row['shape'])):>15} {row['dtype']:9} " + "  ".join(figures)
-
-
-def rows(quick):
-    for batch in (1,) if quick else (1, 4):
-        for channels in (1536, 3072):
-            yield from benchmark_op(batch, channels, rounds=2 if quick or batch > 1 else 5)
-    for grid in (16, 32, 64) if quick else (16, 32, 64, 128):
-        yield benchmark_grid(grid, 1536, rounds=3)
-    yield from benchmark_fusions(depth=1 if quick else 4, rounds=1)
+def run(bench):
+    cuda = bench.device.type == "cuda"
+    precisions = ("float32", "tf32", "bfloat16") if cuda else ("float32", "bfloat16")
+    places = (BASE, (1, 32)) if bench.quick else (BASE, (4, 16), (8, 16), (1, 32), (1, 64), (1, 128))
+    widths = (1536,) if bench.quick else (1536, 3072)
+    for precision in precisions:
+        set_precision(bench.device, precision)
+        for channels in widths:
+            benchmark_op(bench, channels, precision, places)
+    set_precision(bench.device, "float32")
+    for channels in widths:
+        benchmark_layer_parts(bench, channels)
+        benchmark_layer(bench, channels, precisions)
+    for batch in (1, 8) if cuda and not bench.quick else (1,):
+        benchmark_fusion(bench, 1 if bench.quick else 4, batch, precisions)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, batch 1, one stage of the fusion")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--kernel", type=Path, help="a local build (default: AUREA_KERNEL_PATH, or hub_kernels')")
+    parser.add_argument("--no-kernel", action="store_true", help="measure without the kernel")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    parser.add_argument("--quick", action="store_true", help="few samples and sizes; writes only to --output")
+    parser.add_argument("--output", type=Path, help="JSON (default: benchmarks/results/…_<device>.json)")
     arguments = parser.parse_args()
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("error: this PyTorch finds no CUDA device", file=sys.stderr)
+        return 2
+    kernel, build, missing = None, None, {}
+    if arguments.no_kernel:
+        missing["kernel"] = "switched off by --no-kernel"
+    else:
+        folder = arguments.kernel or os.environ.get("AUREA_KERNEL_PATH") or KERNEL
+        try:
+            kernel, build = load_kernel(Path(folder).expanduser().resolve())
+        except Exception as error:
+            print(
+                f"error: the kernel could not be loaded from {folder}: {error}\nBuild it with `python "
+                f"{KERNEL.parent.relative_to(ROOT)}/build_local.py {arguments.device}`, name another build with "
+                "--kernel, or measure without it with --no-kernel.",
+                file=sys.stderr,
+            )
+            return 2
+    compiled = arguments.device == "cuda" if arguments.compile is None else arguments.compile
+    if not compiled:
+        missing["compiled"] = "not asked for (--compile)"
+    if importlib.util.find_spec("natten") is None:
+        missing["natten"] = "not installed"
+
+    for name, reason in missing.items():  # once: the rows say it in the file only
+        print(f"{name} is not measured: {reason}", flush=True)
+
     torch.set_num_threads(1)
-    results = {"hardware": hardware(), "radius": RADIUS, "rows": []}
+    device = DEVICES[arguments.device]()
+    bench = Bench(device, kernel, missing, compiled, arguments.quick)
     with torch.no_grad():
-        for row in rows(arguments.quick):
-            print(format_row(row), flush=True)
-            results["rows"].append(row)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        run(bench)
+    results = {"hardware": hardware(device), "kernel": build, "radius": RADIUS, "seed": SEED, "rows": bench.rows}
+    output = arguments.output
+    if output is None and not arguments.quick:
+        output = ROOT / "benchmarks" / "results" / f"spatial_range_attention_{arguments.device}.json"
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    failures = [row for row in bench.rows if {"pytorch", "kernel"} & row.get("not_run", {}).keys() - missing.keys()]
+    for row in failures:
+        print(f"error: {row['what']} {row['shape']} {row['dtype']}: {row['not_run']}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -181,11 +181,12 @@ void dot_block(S* dots, int64_t query_stride, const S* queries, const S* keys, i
   alignas(VECTOR_BYTES) S totals[round_up(count, kLanes<S>)];
 #pragma GCC unroll 8
   for (int i = 0; i < count; i += kLanes<S>) store(totals + i, sum_lanes<S>(sums + i));
-  for (int q = 0; q < num_queries; ++q) {
-    for (int m = 0; m < M; ++m) {
-      S& dot = dots[q * query_stride + m];
-      dot = accumulate ? dot + totals[q * kOffsets + m] : totals[q * kOffsets + m];
+  for (int q = 0; q < num_queries; ++q, dots += query_stride) {
+    if (accumulate) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) totals[q * kOffsets + m] += dots[m];
     }
+    __builtin_memcpy(dots, totals + q * kOffsets, M * sizeof(S));
   }
 }
 
@@ -257,38 +258,28 @@ void dot_tile(S* dots, const T* queries, const T* keys, const Shape& shape, cons
 
 // sums[q] = Σ weights[q][offset] · key, for Q neighbouring queries, N vectors of channels and the key rows
 // [row_begin, row_end) of the window. Keys are those of the first query's window and on; [begin, end) are in the map.
-template <typename S, int Q, int N>
+template <typename S, int Radius, int Q, int N>
 void sum_block(S* sums, const S* ring, int64_t row_stride, int64_t map_row, int row_begin, int row_end, int begin,
-               int end, const S* weights, int radius) {
-  const int extent = 2 * radius + 1, neighbors = extent * extent;
+               int end, const S* weights) {
+  constexpr int extent = 2 * Radius + 1, neighbors = extent * extent, stride = N * kLanes<S>;
   Vector<S> sum[Q][N] = {};
-  const auto add = [&](const S* key, const S* weight, int j, int first, int last) INLINE_LAMBDA {
-    Vector<S> value[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) value[n] = load(key + n * kLanes<S>);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      if (first <= q && q <= last) {
-        const S factor = weight[q * neighbors + j - q];
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) sum[q][n] += factor * value[n];
-      }
-    }
-  };
   for (int row = row_begin; row < row_end; ++row) {
-    const S* keys = ring + ((map_row + row) % extent) * row_stride;
-    const S* weight = weights + row * extent;
-    constexpr int stride = N * kLanes<S>;
-    // A key reaches the queries [j - 2·radius, j] of the block: all of them in the middle.
+    const S* const keys = ring + ((map_row + row) % extent) * row_stride;
+    const S* const weight = weights + row * extent;
+#pragma GCC unroll 20
+    for (int j = 0; j < extent + Q - 1; ++j) {
+      if (j < begin || j >= end) continue;
+      Vector<S> value[N];
 #pragma GCC unroll 8
-    for (int j = 0; j < Q - 1; ++j) {
-      if (begin <= j && j < end) add(keys + j * stride, weight, j, 0, j);
-    }
-    for (int j = max(begin, Q - 1); j < min(end, extent); ++j) add(keys + j * stride, weight, j, 0, Q - 1);
+      for (int n = 0; n < N; ++n) value[n] = load(keys + j * stride + n * kLanes<S>);
 #pragma GCC unroll 8
-    for (int i = 0; i < Q - 1; ++i) {
-      const int j = extent + i;
-      if (begin <= j && j < end) add(keys + j * stride, weight, j, i + 1, Q - 1);
+      for (int q = 0; q < Q; ++q) {
+        if (q <= j && j < q + extent) {
+          const S factor = weight[q * neighbors + j - q];
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) sum[q][n] += factor * value[n];
+        }
+      }
     }
   }
 #pragma GCC unroll 8
@@ -299,11 +290,10 @@ void sum_block(S* sums, const S* ring, int64_t row_stride, int64_t map_row, int 
 }
 
 // The channels [channel, channel + count) of a tile's sums, N vectors at a time.
-template <typename S, typename T, int Q, int N>
+template <typename S, typename T, int Radius, int N>
 void sum_channels(T* sums, const T* keys, const S* weights, int64_t weight_columns, const Shape& shape,
                   const Tile& tile, int64_t channel, int64_t count, S* scratch) {
-  const int radius = shape.radius, extent = 2 * radius + 1;
-  constexpr int stride = N * kLanes<S>;
+  constexpr int Q = kQueries, radius = Radius, extent = 2 * radius + 1, stride = N * kLanes<S>;
   const int64_t columns = round_up(tile.columns(), Q);
   const int64_t part_size = (columns + 2 * radius) * stride;
   const int64_t row_stride = (count + stride - 1) / stride * part_size;
@@ -327,8 +317,8 @@ void sum_channels(T* sums, const T* keys, const S* weights, int64_t weight_colum
         prefetch<0>(keys, shape, next_row, tile.column_begin + x, Q, channel + done, part_channels);
         prefetch<1>(sums, shape, y, tile.column_begin + x, num_queries, channel + done, part_channels);
         // The ring holds row y - radius + i of the map in slot (y + radius + 1 + i) mod extent, never negative.
-        sum_block<S, Q, N>(block, part + x * stride, row_stride, y + radius + 1, row_begin, row_end, begin, end,
-                           weights + ((y - tile.row_begin) * weight_columns + x) * shape.neighbors(), radius);
+        sum_block<S, Radius, Q, N>(block, part + x * stride, row_stride, y + radius + 1, row_begin, row_end, begin, end,
+                           weights + ((y - tile.row_begin) * weight_columns + x) * shape.neighbors());
         for (int64_t q = 0; q < num_queries; ++q) {
           const int64_t position = y * shape.width + tile.column_begin + x + q;
           unpack(sums + position * shape.channels + channel + done, block + q * stride, part_channels);
@@ -338,28 +328,33 @@ void sum_channels(T* sums, const T* keys, const S* weights, int64_t weight_colum
   }
 }
 
+template <typename S, typename T, int Radius>
+void sum_of_radius(T* sums, const T* keys, const S* weights, int64_t weight_columns, const Shape& shape,
+                   const Tile& tile, int64_t channel_begin, int64_t channel_end, S* scratch) {
+  constexpr int64_t part = kChannelVectors * kLanes<S>;
+  int64_t channel = channel_begin;
+  for (int64_t count; channel + part <= channel_end; channel += count) {
+    count = min((channel_end - channel) / part, kSumParts) * part;
+    sum_channels<S, T, Radius, kChannelVectors>(sums, keys, weights, weight_columns, shape, tile, channel, count,
+                                                scratch);
+  }
+  for (; channel < channel_end; channel += kLanes<S>) {
+    sum_channels<S, T, Radius, 1>(sums, keys, weights, weight_columns, shape, tile, channel,
+                                  min(kLanes<S>, channel_end - channel), scratch);
+  }
+}
+
 // The channels [channel_begin, channel_end) of a tile's sums. `weights` are the tile's own: of `weight_columns` queries
 // per row, by offset within the map (reflected neighbours folded in).
 template <typename S, typename T>
 void sum_tile(T* sums, const T* keys, const S* weights, int64_t weight_columns, const Shape& shape, const Tile& tile,
               int64_t channel_begin, int64_t channel_end, S* scratch) {
-  constexpr int64_t part = kChannelVectors * kLanes<S>;
-  for (int64_t channel = channel_begin, count; channel < channel_end; channel += count) {
-    const int64_t num_parts = (channel_end - channel) / part;
-    count = num_parts > 0 ? part * min(num_parts, kSumParts) : channel_end - channel;
-    const bool few = shape.radius == 1;  // a block of queries is at most as wide as a window
-    switch ((min(count, part) + kLanes<S> - 1) / kLanes<S>) {
-#define CASE(N)                                                                                                    \
-  case N:                                                                                                          \
-    few ? sum_channels<S, T, 2, N>(sums, keys, weights, weight_columns, shape, tile, channel, count, scratch)      \
-        : sum_channels<S, T, kQueries, N>(sums, keys, weights, weight_columns, shape, tile, channel, count, scratch); \
-    break;
-      CASE(1) CASE(2) CASE(3) CASE(4)
-#if NUM_REGISTERS == 32
-      CASE(5) CASE(6)
-#endif
+  switch (shape.radius) {
+#define CASE(R)                                                                                                   \
+  case R:                                                                                                         \
+    return sum_of_radius<S, T, R>(sums, keys, weights, weight_columns, shape, tile, channel_begin, channel_end, scratch);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #undef CASE
-    }
   }
 }
 

@@ -55,7 +55,7 @@ struct Tile {
 constexpr int kMaxRadius = 6;
 constexpr int kMaxQueries = 4;
 constexpr int kMaxNeighbors = (2 * kMaxRadius + 1) * (2 * kMaxRadius + 1);
-constexpr int kDotChannels = 256;  // packed at a time: a row of queries and one of keys fit the first cache
+constexpr int kDotChannels = 512;  // packed at a time: a row of queries and one of keys fit the first cache
 constexpr int kMaxSumBytes = 384;  // of one key's channels in a register block
 constexpr int kSumParts = 4;       // such blocks of channels packed at a time, so that reads are long
 constexpr int kTileSide = 32;
