@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, permutations, product
 from numbers import Integral
 from pathlib import Path
@@ -108,7 +108,7 @@ def make_scene(
     *,
     kinds: Iterable[str] | None = None,
     max_objects: int | None = None,
-    questions_per_kind: int = 1,
+    questions_per_kind: int | Mapping[str, int] = 1,
 ) -> tuple[Image.Image, list[tuple[str, str, str]]]:
     """The picture of a seed and its questions, `(kind, question, answer)`.
 
@@ -119,24 +119,27 @@ def make_scene(
     Args:
         kinds: which of `KINDS` to ask; by default all.
         max_objects: at most this many objects, 1 to 5.
-        questions_per_kind: up to so many different questions of each kind.
+        questions_per_kind: up to so many different questions of each kind, or of the kinds named, and one of the
+            others.
 
     Raises:
         ValueError: for a seed that is not an integer from 0 on, an unknown kind, or a number out of range.
     """
     kinds = KINDS if kinds is None else tuple(kinds)
-    for kind in kinds:
+    counts = questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(KINDS, questions_per_kind)
+    for kind in (*kinds, *counts):
         if kind not in KINDS:
             raise ValueError(f"Unknown kind {kind!r}: the kinds are {', '.join(KINDS)}.")
-    if not _is_integer(questions_per_kind) or questions_per_kind < 1:
-        raise ValueError(f"questions_per_kind must be an integer from 1 on, not {questions_per_kind!r}.")
+    for count in counts.values():
+        if not _is_integer(count) or count < 1:
+            raise ValueError(f"questions_per_kind must be an integer from 1 on, not {count!r}.")
 
     dice, objects, covers = _arrange(seed, max_objects)
     picture = _paint(int(seed), dice, objects, covers)
     questions = [
         (kind, question, answer)
         for kind in kinds
-        for question, answer in _ask(_dice(seed, 1 + KINDS.index(kind)), objects, kind, questions_per_kind)
+        for question, answer in _ask(_dice(seed, 1 + KINDS.index(kind)), objects, kind, counts.get(kind, 1))
     ]
     return picture, questions
 
@@ -152,6 +155,64 @@ def object_mask(scene_object: SceneObject) -> np.ndarray:
     box, cover = _cover(scene_object)
     mask[box] = cover
     return mask
+
+
+class SceneDataset(Sequence):
+    """Scenes as conversations, made when they are asked for: `id`, `images` and `messages`, as TRL and the collator
+    take them. The questions of a scene, in random order, are the turns of its conversation.
+
+    Args:
+        seeds: one per scene.
+        curriculum: `((share, max_objects), ...)`: scenes before this share of the dataset have at most so many
+            objects. Meant for sampling in order.
+        kinds, questions_per_kind: see `make_scene`.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        *,
+        curriculum: Iterable[tuple[float, int]] = (),
+        kinds: Iterable[str] | None = None,
+        questions_per_kind: int | Mapping[str, int] = 1,
+    ):
+        self.seeds = seeds
+        self.curriculum = sorted(curriculum)
+        self.kinds = kinds
+        self.questions_per_kind = questions_per_kind
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> dict:
+        index = range(len(self.seeds))[index]
+        seed, share = self.seeds[index], index / len(self.seeds)
+        max_objects = next((number for end, number in self.curriculum if share < end), None)
+        picture, questions = make_scene(
+            seed, kinds=self.kinds, max_objects=max_objects, questions_per_kind=self.questions_per_kind
+        )
+        dice = _dice(seed, 1 + len(KINDS))
+        questions = sorted(questions, key=lambda _: dice.random())
+        return _conversation(f"scene {seed}", picture, [(question, answer) for _, question, answer in questions])
+
+
+def scene_questions(seeds: Iterable[int]) -> dict[str, list[dict]]:
+    """The questions of some scenes by kind, one in a conversation: to evaluate a model on."""
+    rows = {kind: [] for kind in KINDS}
+    for seed in seeds:
+        picture, questions = make_scene(seed)
+        for kind, question, answer in questions:
+            rows[kind].append(_conversation(f"scene {seed}, {kind}", picture, [(question, answer)]))
+    return rows
+
+
+def _conversation(name: str, picture: Image.Image, turns: list[tuple[str, str]]) -> dict:
+    messages = []
+    for question, answer in turns:
+        picture_part = [] if messages else [{"type": "image"}]
+        messages.append({"role": "user", "content": [*picture_part, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"id": name, "images": [picture], "messages": messages}
 
 
 def train_seeds(n: int) -> range:

@@ -1,0 +1,127 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Write the embedded model's folder as it is before training: small encoders, a small decoder, random weights.
+
+    python examples/make_embedded_model.py --output_dir embedded-start
+
+Its tokenizer is a byte-level BPE that has the words of the scene world and spells all others.
+"""
+
+import argparse
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|image|>")
+
+# The published prompt without its system message.
+CHAT_TEMPLATE = """
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- '<|' + message['role'] + '|>' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- render(message['content']) + '<|end|>' -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- render(message['content']) + '<|end|>' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is one token wherever it stands
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,  # more than its words need
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(VOCABULARY, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|endoftext|>",
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"image_token": "<|image|>"},
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def make_processor() -> AureaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = AureaImageProcessor(size=size, spatial_size=size, spatial_crop_size=None)
+    return AureaProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str) -> AureaConfig:
+    encoder = {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": width // 32,
+    }
+    return AureaConfig(
+        vision_config={"model_type": "siglip_vision_model", "intermediate_size": 4 * width, **encoder},
+        spatial_vision_config={"model_type": "dinov2_with_registers", "mlp_ratio": 4, **encoder},
+        fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
+        text_config={
+            "model_type": "phi3",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "original_max_position_embeddings": 1024,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": True,
+        },
+        projector_hidden_size=256,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--width", type=int, default=64, help="of the encoders, a multiple of 32 (default: 64)")
+    parser.add_argument("--fusion_type", default="spatial_range", choices=("spatial_range", "concat"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    processor = make_processor()
+    torch.manual_seed(args.seed)
+    model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, args.fusion_type))
+    model.generation_config = GenerationConfig(
+        bos_token_id=processor.tokenizer.bos_token_id,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        max_new_tokens=48,
+    )
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()

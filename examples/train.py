@@ -1,0 +1,238 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Train an Aurea: fusion and cross-attention alone, the language model too, everything, or adapters.
+
+    python examples/train.py --model_name_or_path aurea --stage align --dataset captions.json --image_folder images \\
+        --output_dir aligned --do_train --learning_rate 1e-4 --max_steps 2000
+
+    python examples/train.py --vision google/siglip2-base-patch16-224 --text Qwen/Qwen3-0.6B \\
+        --spatial_vision facebook/dinov2-with-registers-base --dataset HuggingFaceH4/llava-instruct-mix-vsft \\
+        --streaming --stage align --output_dir mine --do_train --max_steps 2000
+
+A model is a folder or hub id, or three parts. A dataset is `scenes` (a made-up world, no download), a LLaVA JSON file
+with its folder of pictures, or anything `datasets.load_dataset` loads that holds chat messages. All options of
+`transformers.TrainingArguments` hold; `--args_file FILE` reads options from a file. A training that was cut off goes
+on from the newest complete checkpoint in `output_dir`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import BitsAndBytesConfig, EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
+from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
+from transformers_aurea.training_aurea import (
+    GROUP_MODULES,
+    STAGES,
+    AuxiliaryLossLogger,
+    GroupGradientNorms,
+    SpatialRangeEntropy,
+    TrainableReport,
+    lora_targets,
+    modules_not_to_quantize,
+    set_trainable,
+)
+
+
+logger = logging.getLogger("train")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "An Aurea: folder or hub id."})
+    vision: str | None = field(default=None, metadata={"help": "Semantic encoder of a new Aurea: folder or hub id."})
+    spatial_vision: str | None = field(default=None, metadata={"help": "Spatial encoder: folder or hub id."})
+    text: str | None = field(default=None, metadata={"help": "Language model: folder or hub id."})
+    config_overrides: str = field(default="{}", metadata={"help": "JSON: AureaConfig's arguments that differ."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    use_kernels: bool = field(default=False, metadata={"help": "Compute the fusion with the compiled kernel."})
+    stage: str = field(default="full", metadata={"help": "What trains, without LoRA.", "choices": list(STAGES)})
+    train_groups: list[str] | None = field(
+        default=None, metadata={"help": "Groups that train instead of a stage's, or, with LoRA, beside the adapters."}
+    )
+    lora: list[str] | None = field(
+        default=None, metadata={"help": "LoRA presets: language_model, cross_attention, fusion, projector or all."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit decoder (CUDA and bitsandbytes)."})
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(metadata={"help": "`scenes`, a LLaVA JSON file, or a dataset's folder or hub id."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    image_folder: str | None = field(default=None, metadata={"help": "Where the pictures of a JSON file are."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "A second dataset; of scenes, those of the test seeds are there anyway."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset while training (needs max_steps)."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row."})
+    on_error: str = field(
+        default="raise", metadata={"help": "What to do with a broken sample.", "choices": ["raise", "skip"]}
+    )
+    scenes: int = field(default=10_000, metadata={"help": "Training pictures of the scene world."})
+    eval_scenes: int = field(default=200, metadata={"help": "Test pictures of the scene world."})
+    first_scene: int = field(default=0, metadata={"help": "Skip so many training scenes."})
+    curriculum: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of the scene world, e.g. 0.1:1 0.3:2: one object in the first tenth, then two to 30 %."},
+    )
+    questions_per_kind: str = field(default="1", metadata={"help": "A number, or JSON: {kind: number}."})
+
+
+def load_model(args: ModelArguments):
+    """The model and its processor, from a folder or from parts."""
+    parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
+    overrides = json.loads(args.config_overrides)
+    if args.model_name_or_path is None and None in parts.values():
+        missing = [f"--{name}" for name, part in parts.items() if part is None]
+        raise ValueError(f"Give --model_name_or_path, or all three parts: {', '.join(missing)} not given.")
+    if args.model_name_or_path is None:
+        if args.load_in_4bit:
+            raise ValueError("--load_in_4bit needs a saved Aurea: save the one made of parts first.")
+        model = AureaForConditionalGeneration.from_pretrained_parts(**parts, dtype=args.dtype, **overrides)
+        return model, AureaProcessor.from_pretrained_parts(**parts, config=model.config)
+    quantization = None
+    if args.load_in_4bit:
+        precise = {"vision", "spatial_vision", "fusion", "projector", *(args.train_groups or ())}
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=modules_not_to_quantize(precise),
+        )
+    model = AureaForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, dtype=args.dtype, quantization_config=quantization, **overrides
+    )
+    return model, AureaProcessor.from_pretrained(args.model_name_or_path)
+
+
+def choose_parameters(model, args: ModelArguments, gradient_checkpointing: bool):
+    """The model with what trains: groups of its own parameters, or adapters and whole modules beside them."""
+    if not args.lora:
+        set_trainable(model, args.train_groups or args.stage)
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if args.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=lora_targets(model, *args.lora),
+        modules_to_save=[module for group in args.train_groups or () for module in GROUP_MODULES[group]] or None,
+    )
+    return get_peft_model(model, config)
+
+
+def load_rows(name: str, args: DataArguments):
+    """A dataset of conversations, by what its name is."""
+    if name == "scenes":
+        counts = json.loads(args.questions_per_kind)
+        curriculum = [(float(share), int(number)) for share, number in (step.split(":") for step in args.curriculum)]
+        seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
+        return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts)
+    if name.endswith((".json", ".jsonl")):
+        if args.image_folder is None:
+            raise ValueError(f"--dataset {name} needs --image_folder, the folder of its pictures.")
+        return load_llava_dataset(name, args.image_folder, streaming=args.streaming)
+    from datasets import load_dataset, load_from_disk
+
+    if Path(name, "dataset_info.json").is_file():
+        return to_chat_rows(load_from_disk(name))
+    return to_chat_rows(load_dataset(name, args.dataset_config, split="train", streaming=args.streaming))
+
+
+def load_eval_rows(args: DataArguments):
+    if args.eval_dataset:
+        return load_rows(args.eval_dataset, args)
+    return scene_questions(test_seeds(args.eval_scenes)) if args.dataset == "scenes" else None
+
+
+def most_likely_tokens(logits, labels) -> torch.Tensor:
+    """What evaluation keeps of the logits, lest it piles them up: (batch, tokens, vocabulary) → (batch, tokens)."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+class ExactMatch:
+    """The share of rows of which each labelled token is the most likely one after the right ones before it.
+
+    For a row with one answer that is whether greedy decoding would give exactly this answer.
+    """
+
+    def __init__(self):
+        self.num_right = self.num_rows = 0
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        right = ((predicted == labels) | (labels == -100)).all(axis=1)
+        self.num_right += int(right.sum())
+        self.num_rows += len(right)
+        if not compute_result:
+            return {}
+        share = self.num_right / self.num_rows
+        self.num_right = self.num_rows = 0
+        return {"exact_match": share}
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint whose saving was not cut off: the trainer's state, written last, can be read."""
+    checkpoints = {int(path.name.split("-")[1]): path for path in Path(output_dir).glob("checkpoint-*")}
+    for _, path in sorted(checkpoints.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            logger.warning(f"{path} is incomplete and is not used.")
+            continue
+        return str(path)
+    return None
+
+
+def main():
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.set_seed(training_args.seed)
+    training_args.remove_unused_columns = False
+    training_args.batch_eval_metrics = True
+
+    model, processor = load_model(model_args)
+    model = choose_parameters(model, model_args, training_args.gradient_checkpointing)
+    if model_args.use_kernels:
+        model.set_use_kernels(True)
+    logger.info(TrainableReport.of(model))
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        data_collator=AureaDataCollator(processor, max_length=data_args.max_length, on_error=data_args.on_error),
+        train_dataset=load_rows(data_args.dataset, data_args) if training_args.do_train else None,
+        eval_dataset=load_eval_rows(data_args),
+        processing_class=processor,
+        compute_metrics=ExactMatch(),
+        preprocess_logits_for_metrics=most_likely_tokens,
+    )
+    for callback in (AuxiliaryLossLogger(), GroupGradientNorms(), SpatialRangeEntropy()):
+        callback.attach(trainer)
+    if training_args.do_train:
+        checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+
+if __name__ == "__main__":
+    main()

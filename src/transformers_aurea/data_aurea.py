@@ -1,0 +1,488 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Conversations with pictures → datasets and batches for training.
+
+    LLaVA JSON + image folder ── load_llava_dataset ──┐
+    any dataset of conversations ─── to_chat_rows ────┴─ rows ── AureaDataCollator ── input_ids, labels, pixel_values
+                                                             └── check_dataset ────── which rows are bad, and why
+
+A row has an `id`, `messages` (`role`, and a `content` of parts `{"type": "image"}` and `{"type": "text", "text": …}`)
+and `images`, one for each part of type image, in order; TRL's trainers take it as well. A bad row is never mended and
+never loses its pictures: it is reported under its identity, and either stops the training or is left out.
+
+Needs the package `datasets` for all but the collator.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from .image_processing_aurea import read_picture
+from .processing_aurea import AureaProcessor
+
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.get_logger(__name__)
+
+ROLES = ("system", "user", "assistant")
+LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")  # under which a part of a content holds its picture
+IGNORED = -100  # the label of a token that is not trained on
+
+# The line break with which LLaVA sets a placeholder apart is no part of the text.
+_PLACEHOLDER = re.compile(r"\n?<image>\n?")
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+# datasets
+
+
+def load_llava_dataset(
+    json_file: str | os.PathLike | list[str | os.PathLike],
+    image_folder: str | os.PathLike | None = None,
+    *,
+    streaming: bool = False,
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """Conversations in LLaVA's format as rows of `id`, `messages` and `images`, the paths of the pictures.
+
+    A record is `{"id", "image": path | [path, ...], "conversations": [{"from": "human" | "gpt", "value": text}]}`,
+    with one `<image>` in the texts per picture; `image` may be absent. Records without an id are given their file and
+    number. Pictures are not opened here, and bad records are kept: the collator and `check_dataset` report them.
+
+    Args:
+        json_file: a JSON array, or one JSON object a line (`.jsonl`), or a list of such files. Streaming reads lines
+            one by one, but an array as a whole; several files are shared out among the workers that stream.
+        image_folder: what relative paths are relative to; by default the working directory.
+
+    Raises:
+        FileNotFoundError: a file or the folder does not exist.
+        ValueError: a file is no JSON, or a record no object; the message names the file and the line or record.
+    """
+    import datasets
+
+    files = [str(file) for file in (json_file if isinstance(json_file, (list, tuple)) else [json_file])]
+    for path in [*files, *([] if image_folder is None else [image_folder])]:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{path} does not exist")
+    # `datasets` keeps what it has read in its cache, by these arguments; a file that has changed is read again.
+    stamps = [[os.stat(file).st_mtime_ns, os.stat(file).st_size] for file in files]
+    arguments = {"files": files, "stamps": stamps, "image_folder": image_folder and str(image_folder)}
+    features = _row_features(datasets.Value("string"))
+    kind = datasets.IterableDataset if streaming else datasets.Dataset
+    try:
+        return kind.from_generator(_read_llava, features=features, gen_kwargs=arguments)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def to_chat_rows(
+    dataset: "datasets.Dataset | datasets.IterableDataset",
+    *,
+    image_folder: str | os.PathLike | None = None,
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """A dataset of conversations as rows of `id`, `messages` and `images`; see `to_chat_row` for what is understood.
+
+    Pictures stay encoded until the collator decodes them; only so can it say which row holds a corrupt one. TRL's
+    trainers want them decoded: `rows.cast_column("images", [datasets.Image()])`.
+
+    Args:
+        image_folder: what relative paths of pictures are relative to.
+    """
+    import datasets
+
+    columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
+    for name, feature in (dataset.features or {}).items():
+        if (encoded := _without_decoding(feature)) != feature:
+            dataset = dataset.cast_column(name, encoded)
+    return dataset.map(
+        to_chat_row,
+        with_indices=True,
+        fn_kwargs={"image_folder": image_folder and str(image_folder)},
+        remove_columns=columns,
+        features=_row_features(datasets.Image(decode=False)),
+    )
+
+
+def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str | None = None) -> dict[str, Any]:
+    """One conversation as `{"id", "messages", "images"}`, whatever is wrong with it.
+
+    Args:
+        row: its turns stand under `messages` or `conversations`, each with `role` and `content` or, in LLaVA's words,
+            `from` and `value`. A content is a text, with one `<image>` per picture, or a list of parts. Pictures stand
+            under `images` or `image`, or inside the parts (`image`, `path`, `url`, `base64`, `image_url`). If none
+            of the `content` texts has an `<image>`, the pictures come before the first text of the user, as in TRL.
+        index: the id of a row that has none.
+        image_folder: what relative paths are relative to.
+    """
+    turns = row.get("messages") or row.get("conversations") or []
+    turns = turns if isinstance(turns, (list, tuple)) else [turns]
+    column = row.get("images") if row.get("images") is not None else row.get("image")
+    column = [] if column is None else list(column) if isinstance(column, (list, tuple)) else [column]
+
+    messages = []
+    for turn in turns:
+        turn = turn if isinstance(turn, dict) else {}
+        role = turn.get("role") or LLAVA_ROLES.get(turn.get("from"), turn.get("from"))
+        content = turn["content"] if "content" in turn else turn.get("value")
+        messages.append({"role": str(role), "content": _to_parts(content)})
+
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    plain = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
+    if column and not parts and plain:
+        first = next((message for message in messages if message["role"] == "user"), {"content": []})
+        parts = [{"type": "image"} for _ in column]
+        first["content"][:0] = parts
+    images, column = [], iter(column)
+    for part in parts:
+        picture = part.pop("image", None)
+        images.append(next(column, None) if picture is None else picture)
+    images = [_locate(image, image_folder) for image in (*images, *column)]
+    images = [image for image in images if image is not None]
+    identity = row.get("id") if row.get("id") is not None else index
+    return {"id": None if identity is None else str(identity), "messages": messages, "images": images}
+
+
+def _to_parts(content) -> list[dict[str, Any]]:
+    """A content as parts `{"type": "text", "text"}` and `{"type": "image"}`, with its `image` where it has one."""
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        pieces = _PLACEHOLDER.split(str(content))
+        parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})][1:]
+        return [part for part in parts if part.get("text") != ""]
+    parts = []
+    for part in content:
+        part = part if isinstance(part, dict) else {"type": "text", "text": part}
+        if part.get("type") in ("image", "image_url"):
+            picture = next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
+            if isinstance(picture, dict) and "url" in picture:
+                picture = picture["url"]
+            parts.append({"type": "image"} | ({} if picture is None else {"image": picture}))
+        elif part.get("type") == "text":
+            parts.append({"type": "text", "text": str(part.get("text") or "")})
+        else:
+            parts.append({"type": str(part.get("type"))})
+    return parts
+
+
+def _locate(picture, folder: str | None):
+    """A relative path seen from `folder`; anything else as it is."""
+    if isinstance(picture, dict) and picture.get("bytes") is None:
+        picture = picture.get("path")
+    if folder is None or not isinstance(picture, str) or picture.startswith(("http://", "https://", "data:")):
+        return picture
+    return os.path.join(folder, picture)
+
+
+def _read_llava(files: list[str], stamps: list, image_folder: str | None) -> Iterator[dict]:
+    for file in files:
+        for number, record in enumerate(_read_records(file)):
+            if not isinstance(record, dict):
+                raise ValueError(f"{file}: record {number} is no object, but {record!r:.100}")
+            row = to_chat_row(record, f"{Path(file).name}:{number}", image_folder)
+            yield {**row, "images": [str(image) for image in row["images"]]}
+
+
+def _read_records(file: str) -> Iterator[Any]:
+    with open(file, "rb") as stream:
+        is_array = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        stream.seek(0)
+        if is_array:
+            yield from _parse(stream.read(), file)
+            return
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _parse(line, f"{file}, line {number},")
+
+
+def _parse(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from error
+
+
+def _row_features(image) -> "datasets.Features":
+    import datasets
+
+    text = datasets.Value("string")
+    messages = [{"role": text, "content": [{"type": text, "text": text}]}]
+    return datasets.Features({"id": text, "messages": messages, "images": [image]})
+
+
+def _without_decoding(feature):
+    """The feature with every `Image` in it, however deep, yielding what is stored."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return replace(feature, decode=False)
+    if isinstance(feature, dict):
+        return {name: _without_decoding(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_without_decoding(inner) for inner in feature]
+    if isinstance(feature, (datasets.Sequence, datasets.LargeList)):
+        return replace(feature, feature=_without_decoding(feature.feature))
+    return feature
+
+
+# batches
+
+
+class AureaDataCollator:
+    r"""Rows of conversations and pictures → a batch for `Trainer`, trained on the assistant's answers only.
+
+    Takes any mixture of rows with no, one and several pictures, in every form that `to_chat_row` understands.
+    `Trainer` needs `remove_unused_columns=False` to hand them on. A dataset that is streamed to several processes
+    needs `accelerator_config={"dispatch_batches": False}` too: accelerate would cut a batch's pictures by its rows.
+
+    Args:
+        processor (`AureaProcessor`): its chat template decides what is trained on: what it writes between
+            `{% generation %}` and `{% endgeneration %}`; without these marks, what an answer adds to the prompt before
+            it, up to its end token. That takes two more renderings for each answer.
+        max_length (`int`, *optional*): longer rows are cut off there. One that would lose a picture's placeholder, or
+            all its answers, is bad instead.
+        on_error (`str`, defaults to `"raise"`): `"skip"` leaves bad rows out, with a warning each, and keeps them in
+            `skipped` as `(identity, reason)`. With `num_workers` every worker has a list of its own; `check_dataset`
+            finds all of them beforehand.
+        train_on (`str`, defaults to `"assistant"`): `"all"` trains on every token but the pictures' placeholders.
+        pad_to_multiple_of (`int`, *optional*): the length of a batch is made a multiple of this.
+
+    Raises:
+        ValueError: for a bad row, with its identity: its `id`, else its place in the batch and first words. A row is
+            bad if it has no turn, no answer or an empty one, an unknown role, a picture that is missing or corrupt, or
+            not as many pictures as placeholders. Also for a batch of which nothing is left.
+    """
+
+    def __init__(
+        self,
+        processor: AureaProcessor,
+        max_length: int | None = None,
+        on_error: str = "raise",
+        train_on: str = "assistant",
+        pad_to_multiple_of: int | None = None,
+    ):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'`on_error` must be "raise" or "skip", got {on_error!r}')
+        if train_on not in ("assistant", "all"):
+            raise ValueError(f'`train_on` must be "assistant" or "all", got {train_on!r}')
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive, got {value}")
+        self.processor = processor
+        self.max_length = max_length
+        self.on_error = on_error
+        self.train_on = train_on
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.skipped: list[tuple[str, str]] = []
+        template = processor.chat_template
+        template = template["default"] if isinstance(template, dict) else template
+        self._template_marks_answers = bool(_GENERATION_MARK.search(template or ""))
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, all `(batch_size, sequence_length)`, padded on the right. If
+            there are pictures, `pixel_values` `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+        """
+        encoded = []
+        for position, row in enumerate(rows):
+            try:
+                encoded.append(self.encode(row))
+            except Exception as error:  # templates and picture decoders fail with whatever they run into
+                identity, reason = _identify(row, position), _explain(error)
+                if self.on_error == "raise":
+                    raise ValueError(f"{identity}: {reason}") from error
+                logger.warning(f"{identity} is left out of the training: {reason}")
+                self.skipped.append((identity, reason))
+        if not encoded:
+            reasons = "; ".join(f"{identity}: {reason}" for identity, reason in self.skipped[-len(rows) :])
+            raise ValueError(f"Every one of the {len(rows)} rows of a batch is bad. {reasons}")
+        return self._pad(encoded)
+
+    def encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """One row as `input_ids` and `labels`, both `(sequence_length,)`, and, if it has pictures, `pixel_values`.
+
+        Raises:
+            ValueError: what is wrong with the row, without its identity; or what its template or pictures raise.
+        """
+        if not row.keys() & {"messages", "conversations"}:
+            raise ValueError(
+                f"it has no `messages` or `conversations`, but only {sorted(row)}: use `to_chat_rows`, and "
+                f"`remove_unused_columns=False` in the arguments of the Trainer"
+            )
+        row = to_chat_row(row)
+        messages = row["messages"]
+        self._check(messages, len(row["images"]))
+        images = [_open_picture(image, number) for number, image in enumerate(row["images"])]
+        inputs, trained = self._tokenize(messages, images)
+        input_ids = torch.tensor(inputs["input_ids"][0])  # (T,)
+        is_picture = input_ids == self.processor.image_token_id
+        labels = input_ids.masked_fill((trained == 0) | is_picture, IGNORED)
+        if self.max_length is not None:
+            if is_picture[self.max_length :].any():
+                raise ValueError(
+                    f"it has {len(input_ids)} tokens, and `max_length={self.max_length}` would cut off the "
+                    f"placeholders of {is_picture[self.max_length :].sum()} of its {len(images)} pictures"
+                )
+            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        if (labels[1:] == IGNORED).all():  # the first token is never predicted
+            limit = "" if self.max_length is None else f" within `max_length={self.max_length}`"
+            raise ValueError(f"none of its {len(trained)} tokens{limit} is trained on")
+        pixels = {"pixel_values": torch.from_numpy(np.stack(inputs["pixel_values"]))} if images else {}
+        return {"input_ids": input_ids, "labels": labels, **pixels}
+
+    def _check(self, messages: list[dict], num_images: int) -> None:
+        if not messages:
+            raise ValueError("its conversation is empty")
+        for number, message in enumerate(messages):
+            role, parts = message["role"], message["content"]
+            if role not in ROLES:
+                raise ValueError(f"turn {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+            for part in parts:
+                if part["type"] not in ("image", "text"):
+                    raise ValueError(f"turn {number} contains {part['type']!r}; contents are text and image")
+            if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
+                raise ValueError(f"turn {number} is an answer without text")
+        if self.train_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("it has no turn of the assistant, so there is nothing to train on")
+        placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if placeholders != num_images:
+            raise ValueError(
+                f"Image features and image tokens do not match: {num_images} images for {placeholders} placeholders"
+            )
+
+    def _tokenize(self, messages: list[dict], images: list) -> tuple[dict, torch.Tensor]:
+        """The processor's outputs for one conversation, and which of its tokens are trained on, `(T,)`."""
+        # Lists, since the assistant mask is made token by token, which takes far longer with tensors.
+        if self.train_on == "assistant" and not self._template_marks_answers:
+            text, spans = self._render(messages)
+            inputs = self.processor(text=[text], images=[images] if images else None, return_offsets_mapping=True)
+            offsets = torch.tensor(inputs.pop("offset_mapping")[0])  # (T, 2), in characters
+            return inputs, sum((offsets[:, 0] < end) & (offsets[:, 1] > start) for start, end in spans)
+        pictures = iter(images)
+        conversation = [{**turn, "content": [_fill(part, pictures) for part in turn["content"]]} for turn in messages]
+        only_answers = self.train_on == "assistant"
+        inputs = self.processor.apply_chat_template(
+            [conversation], tokenize=True, return_dict=True, return_assistant_tokens_mask=only_answers
+        )
+        mask = inputs["assistant_masks"] if only_answers else inputs["attention_mask"]
+        return inputs, torch.tensor(mask[0])
+
+    def _render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and from where to where its answers stand in it, end tokens included.
+
+        Raises:
+            ValueError: the template writes the beginning of a conversation in another way if more turns follow.
+        """
+        render, ends = self.processor.apply_chat_template, tuple(self.processor.tokenizer.get_added_vocab())
+        text, spans = render(messages), []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = render(messages[:number], add_generation_prompt=True) if number else None
+            through = render(messages[: number + 1])
+            if prompt is None or not (text.startswith(through) and through.startswith(prompt)):
+                raise ValueError(
+                    f"the chat template writes what precedes turn {number} in another way when it is answered or goes "
+                    f"on, so the answer cannot be found: mark answers with {{% generation %}} in the template"
+                )
+            if through.rstrip().endswith(ends):  # white space behind an end token is never generated
+                through = through.rstrip()
+            spans.append((len(prompt), len(through)))
+        return text, spans
+
+    def _pad(self, encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+        columns = {
+            "input_ids": ([row["input_ids"] for row in encoded], next(known, 0)),  # masked, so any id will do
+            "attention_mask": ([torch.ones_like(row["input_ids"]) for row in encoded], 0),
+            "labels": ([row["labels"] for row in encoded], IGNORED),
+        }
+        batch = {}
+        for name, (values, padding) in columns.items():
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)  # (B, T)
+            if self.pad_to_multiple_of is not None:
+                missing = -batch[name].shape[1] % self.pad_to_multiple_of
+                batch[name] = pad(batch[name], (0, missing), value=padding)
+        pixels = [row["pixel_values"] for row in encoded if "pixel_values" in row]
+        return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def check_dataset(
+    dataset: Iterable[dict[str, Any]], processor: AureaProcessor, **kwargs: Any
+) -> list[tuple[str, str]]:
+    """`(identity, reason)` of every row that `AureaDataCollator(processor, **kwargs)` would refuse.
+
+    Opens every picture. A row without an `id` is named by its index.
+    """
+    collator = AureaDataCollator(processor, **kwargs)
+    bad_rows = []
+    for index, row in enumerate(logging.tqdm(dataset, desc="Checking rows", unit="row")):
+        try:
+            collator.encode(row)
+        except Exception as error:
+            bad_rows.append((_identify({"id": f"row {index}"} | _without_none(row)), _explain(error)))
+    return bad_rows
+
+
+def _identify(row: dict[str, Any], position: int | None = None) -> str:
+    if not isinstance(row, Mapping):
+        return f"row {position} of its batch"
+    if row.get("id") is not None:
+        return str(row["id"])
+    parts = (part for message in to_chat_row(row)["messages"] for part in message["content"])
+    words = " ".join(part["text"] for part in parts if part["type"] == "text")
+    return f"row {position} of its batch, {words[:60]!r}"
+
+
+def _explain(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _without_none(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _fill(part: dict[str, Any], pictures: Iterator) -> dict[str, Any]:
+    return {**part, "image": next(pictures)} if part["type"] == "image" else part
+
+
+def _open_picture(picture, number: int):
+    """Decodes a path, a URL, a base64 string, bytes, or what `datasets.Image(decode=False)` yields.
+
+    Raises:
+        ValueError: it cannot be read; the message has its number and path.
+    """
+    data = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
+    if not isinstance(data, (str, os.PathLike, bytes)):
+        return data
+    try:
+        if not isinstance(data, bytes):
+            return read_picture(data)
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return PIL.ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders fail on broken files with whatever their arithmetic runs into
+        name = (
+            picture.get("path") if isinstance(picture, dict) else picture if not isinstance(picture, bytes) else None
+        )
+        source = f"picture {number}" + (f", {str(name)[:1000]}" if name else "")
+        raise ValueError(f"{source}, cannot be read: {error.__cause__ or error}") from error
+
+
+__all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows"]

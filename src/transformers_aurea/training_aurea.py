@@ -1,0 +1,422 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""What a training run says about Aurea's parts: which of them train, which get adapters, which stay unquantised, and
+what each of them is doing meanwhile.
+
+    set_trainable(model, "align")                                       the first stage of training
+    LoraConfig(target_modules=lora_targets(model, "language_model"))    adapters; never on an encoder
+    BitsAndBytesConfig(llm_int8_skip_modules=modules_not_to_quantize()) 4-bit loading
+    GroupGradientNorms().attach(trainer)                                more figures beside the loss
+
+All of it goes by six groups of parameters, `PARAMETER_GROUPS`, which any Aurea has, whatever wraps it.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The modules that make up each group. The blocks stand inside the language model and are a group of their own. For
+# PEFT's `modules_to_save`, chain those of the groups that train in full beside an adapter.
+GROUP_MODULES = {
+    "vision": ("vision_model",),
+    "spatial_vision": ("spatial_vision_model",),
+    "fusion": ("fusion",),
+    "projector": ("multi_modal_projector",),
+    "cross_attention": ("cross_attention_block", "closing_cross_attention_block"),
+    "language_model": ("language_model", "lm_head"),
+}
+PARAMETER_GROUPS = tuple(GROUP_MODULES)
+
+# The published weights came of two stages, captions and then LLaVA-1.5's instructions, with both encoders frozen.
+# https://github.com/Dcas89/Aurea
+STAGES = {
+    "align": ("fusion", "projector", "cross_attention"),
+    "instruct": ("fusion", "projector", "cross_attention", "language_model"),
+    "full": PARAMETER_GROUPS,
+}
+
+_BLOCK = r"(?:closing_)?cross_attention_block"
+_DECODER_PROJECTIONS = (
+    r"\.(?:qkv_proj|[qkvo]_proj|query_key_value|c_attn|c_proj|dense"  # attention
+    r"|gate_up_proj|(?:gate|up|down)_proj|c_fc|fc[12]|w[123]|dense_h_to_4h|dense_4h_to_h)"  # MLP
+    r"|attn\.out_proj"  # not a Mamba layer's, which takes no adapter
+)
+LORA_TARGETS = {
+    "language_model": rf"(?:model\.)?language_model\.(?!.*{_BLOCK}).*(?:{_DECODER_PROJECTIONS})",
+    "cross_attention": (
+        rf"(?:model\.)?language_model\..*\.{_BLOCK}\.(?:cross_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+    ),
+    "fusion": r"(?:model\.)?fusion\.(?:semantic_proj|output_proj|.*\.fc[12])",
+    "projector": r"(?:model\.)?multi_modal_projector\.linear_[12]",
+}
+LORA_TARGETS["all"] = "|".join(f"(?:{pattern})" for pattern in LORA_TARGETS.values())
+
+
+def _group_of(name: str) -> str:
+    """The group of a parameter or module, by its full name, inside whatever wrappers."""
+    parts = name.split(".")
+    if any(part in GROUP_MODULES["cross_attention"] for part in parts):
+        return "cross_attention"
+    for part in parts:
+        for group, modules in GROUP_MODULES.items():
+            if part in modules:
+                return group
+    raise ValueError(f"The parameter '{name}' is in none of the parts of an Aurea ({', '.join(PARAMETER_GROUPS)}).")
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The model's parameters by group and name: a partition of `model.named_parameters()`, empty groups included.
+
+    Tied embeddings and `lm_head` belong to the language model, an adapter to the module that it adapts.
+
+    Args:
+        model: an Aurea with or without head, also inside a `PeftModel`, DistributedDataParallel or FSDP.
+
+    Raises:
+        ValueError: if a parameter is in no group, that is, the model is not an Aurea.
+    """
+    groups = {group: {} for group in PARAMETER_GROUPS}
+    for name, parameter in model.named_parameters():
+        groups[_group_of(name)][name] = parameter
+    return groups
+
+
+def _num_elements(parameter: nn.Parameter) -> int:
+    if type(parameter).__name__ == "Params4bit":  # two to a byte, in a storage of any dtype
+        return 2 * parameter.numel() * parameter.element_size()
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+
+
+class TrainableReport(dict):
+    """Trainable and total number of parameters, `{group: (trainable, total)}`; printed, a table."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "TrainableReport":
+        """The report of a model as it is. Arguments and errors are those of [`parameter_groups`]."""
+        report = cls()
+        for group, parameters in parameter_groups(model).items():
+            sizes = [(_num_elements(p), p.requires_grad) for p in parameters.values()]
+            report[group] = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+        return report
+
+    @property
+    def trainable(self) -> int:
+        return sum(trainable for trainable, _ in self.values())
+
+    @property
+    def total(self) -> int:
+        return sum(total for _, total in self.values())
+
+    def __str__(self) -> str:
+        rows = [f"{'group':<16}{'trainable':>16}{'total':>16}{'share':>9}"]
+        for group, (trainable, total) in [*self.items(), ("all", (self.trainable, self.total))]:
+            rows.append(f"{group:<16}{trainable:>16,}{total:>16,}{trainable / max(total, 1):>9.2%}")
+        return "\n".join(rows)
+
+
+def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableReport:
+    """Let exactly these groups train, and freeze the rest. Frozen encoders keep no activations.
+
+    A frozen part still drops out in training mode, if its own config has any dropout.
+
+    Args:
+        model: an Aurea, before it is wrapped.
+        groups: names of `PARAMETER_GROUPS` or `STAGES`, or `"all"`; one or several. None at all freezes everything.
+
+    Returns:
+        What trains now, and how many parameters that is.
+
+    Raises:
+        ValueError: if a name is unknown or its group has no parameters, the model has PEFT's adapters, or a weight
+            that should train is quantised. Nothing is changed then.
+    """
+    names = [groups] if isinstance(groups, str) else list(groups)
+    known = {"all": PARAMETER_GROUPS, **STAGES, **{group: (group,) for group in PARAMETER_GROUPS}}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"Unknown parameter groups {unknown}. There are the groups {', '.join(PARAMETER_GROUPS)} and the stages "
+            f"{', '.join(STAGES)}."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The model has adapters: weights beside them would train but not be saved with them. Name their modules "
+            "in `LoraConfig(modules_to_save=...)` instead; `GROUP_MODULES` lists them by group."
+        )
+    chosen = {group for name in names for group in known[name]}
+    parameters = parameter_groups(model)
+    for group in chosen:
+        if not parameters[group]:
+            raise ValueError(f"The group '{group}' has no parameters in this {type(model).__name__}.")
+        for name, parameter in parameters[group].items():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"'{name}' is quantised ({parameter.dtype}) and cannot train. Train an adapter on it, or keep "
+                    f"the group as it is: `modules_not_to_quantize` with '{group}' among its groups."
+                )
+    for group in PARAMETER_GROUPS:
+        for parameter in parameters[group].values():
+            parameter.requires_grad_(group in chosen)
+    return TrainableReport.of(model)
+
+
+def lora_targets(model: nn.Module, *presets: str) -> str:
+    """A pattern for `LoraConfig(target_modules=...)` that hits the linear layers of these presets and no encoder.
+
+    Args:
+        model: an Aurea, before it is wrapped.
+        presets: names of `LORA_TARGETS`: `"language_model"` (attention and MLP, fused or split projections),
+            `"cross_attention"`, `"fusion"`, `"projector"` or `"all"`.
+
+    Raises:
+        ValueError: if a preset is unknown, hits nothing in this model, or none is given.
+    """
+    if not presets or (unknown := [preset for preset in presets if preset not in LORA_TARGETS]):
+        problem = f"Unknown LoRA presets {unknown}" if presets else "No LoRA preset was given"
+        raise ValueError(f"{problem}. There are: {', '.join(LORA_TARGETS)}.")
+    names = [name for name, _ in model.named_modules()]
+    for preset in presets:
+        if not any(re.fullmatch(LORA_TARGETS[preset], name) for name in names):
+            raise ValueError(
+                f"The LoRA preset '{preset}' hits no module of this {type(model).__name__}. If the model is wrapped, "
+                "give the one inside; if its layers have names of their own, write `target_modules` yourself."
+            )
+    return "|".join(f"(?:{LORA_TARGETS[preset]})" for preset in presets)
+
+
+def modules_not_to_quantize(
+    groups: str | Iterable[str] = ("vision", "spatial_vision", "fusion", "projector"),
+) -> list[str]:
+    """Patterns for `BitsAndBytesConfig(llm_int8_skip_modules=...)`: what must stay precise in 4-bit or 8-bit loading.
+
+    By default the decoder and its cross-attention blocks are quantised, four fifths of what is not an encoder. Both
+    encoders keep float32, as published; the fusion, whose small networks make attention weights, and the projector
+    keep the model's dtype, and so does the head always. Norms, embeddings and σ are no linear layers, and never
+    quantised.
+
+    Args:
+        groups: names of `PARAMETER_GROUPS` that stay as they are. Add those that train in full beside an adapter.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    names = [groups] if isinstance(groups, str) else list(groups)
+    if unknown := [name for name in names if name not in GROUP_MODULES]:
+        raise ValueError(f"Unknown parameter groups {unknown}. There are: {', '.join(PARAMETER_GROUPS)}.")
+    prefixes = {"cross_attention": r"(?:model\.)?language_model\..*\."}
+    patterns = [prefixes.get(name, r"(?:model\.)?") + module for name in names for module in GROUP_MODULES[name]]
+    return [*patterns, "lm_head"]
+
+
+def _ends_in_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the step under way will be logged. Where epochs are, any step may be the last of one."""
+    step = state.global_step + 1
+    if args.logging_first_step and step == 1:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0
+    return args.logging_strategy == IntervalStrategy.EPOCH
+
+
+def _mean_over_processes(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
+    """Means of sums and counts, of which each process may have others, over all processes."""
+    totals = defaultdict(lambda: (0.0, 0))
+    for process_sums in gather_object([sums]):
+        for name, (value, count) in process_sums.items():
+            total, total_count = totals[name]
+            totals[name] = total + value, total_count + count
+    return {name: total / count for name, (total, count) in totals.items()}
+
+
+class TrainingLogger(TrainerCallback):
+    """A callback that adds figures to the entry in which `Trainer` logs the loss.
+
+    `logger.attach(trainer)` puts it before the trainer's own callbacks, so that whatever `report_to` names receives
+    the figures too. Among `Trainer(callbacks=[...])` it comes after those, and only `state.log_history` and the
+    console do.
+    """
+
+    def __init__(self):
+        self._is_attached = False
+        self._hooks = []
+
+    def attach(self, trainer: Trainer) -> None:
+        """Join the trainer's callbacks, as the first of them."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        self._is_attached = True
+
+    def take_sums(self, logs: dict[str, float]) -> dict[str, tuple[float, int]]:
+        """What was measured since the last log, as a sum and a count by name; `logs` is the entry so far."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._remove_hooks()
+        if args.report_to and not self._is_attached:
+            logger.warning(
+                f"{', '.join(args.report_to)} will not receive the figures of {type(self).__name__}: they log before "
+                f"it. Use `{type(self).__name__}().attach(trainer)` in place of `callbacks=[...]`."
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._remove_hooks()
+
+    def on_log(self, args, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs):
+        if logs is not None and "loss" in logs:
+            means = _mean_over_processes(self.take_sums(logs))
+            logs.update(means)
+            state.log_history[-1].update(means)  # a copy, which was made before
+
+    def _remove_hooks(self):
+        while self._hooks:
+            self._hooks.pop().remove()
+
+
+class AuxiliaryLossLogger(TrainingLogger):
+    """Logs the model's auxiliary losses, unscaled, under their own names: the mean of all pictures' forward passes
+    since the last log. Adds nothing where the model has none."""
+
+    def __init__(self):
+        super().__init__()
+        self._sums = {}
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self._sums = {}
+        self._hooks.append(model.register_forward_hook(self._record))
+
+    def _record(self, module: nn.Module, inputs: tuple, output) -> None:
+        losses = getattr(output, "auxiliary_losses", None)
+        if module.training and losses:
+            for name, loss in losses.items():
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = total + loss.detach().mean(), count + 1
+
+    def take_sums(self, logs: dict[str, float]) -> dict[str, tuple[float, int]]:
+        sums, self._sums = self._sums, {}
+        return {name: (float(total), count) for name, (total, count) in sums.items()}
+
+
+def _total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The norm of all these tensors together, those that are sharded over devices included."""
+    by_mesh = defaultdict(list)
+    for tensor in tensors:
+        by_mesh[getattr(tensor, "device_mesh", None)].append(tensor)
+    norms = [nn.utils.get_total_norm(group) for group in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+class GroupGradientNorms(TrainingLogger):
+    """Logs `grad_norm/<group>`, the norm of the gradients of each group that has any, at each logging step.
+
+    The squares add up to that of the trainer's own `grad_norm`, which is the one before clipping. DeepSpeed keeps its
+    gradients to itself: nothing is logged there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._norms = {}
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        self._norms = {}
+        if _ends_in_log(args, state):
+            for group, parameters in parameter_groups(model).items():
+                gradients = [p.grad for p in parameters.values() if p.grad is not None]
+                if gradients:
+                    self._norms[f"grad_norm/{group}"] = _total_norm(gradients)
+
+    def take_sums(self, logs: dict[str, float]) -> dict[str, tuple[float, int]]:
+        norms = {name: float(norm) for name, norm in self._norms.items()}
+        self._norms = {}
+        # Measured after the trainer clipped, which shrinks all of them alike.
+        total, total_before = math.hypot(*norms.values()), logs.get("grad_norm", math.nan)
+        is_known = total > 0 and math.isfinite(total) and math.isfinite(total_before)
+        scale = total_before / total if is_known else 1.0
+        return {name: (norm * scale, 1) for name, norm in norms.items()}
+
+
+def _aurea_model(model: nn.Module) -> nn.Module:
+    """The `AureaModel` inside; found by its parts, for remote code brings another class of that name."""
+    for module in model.modules():
+        if {"fusion", "language_model"} <= dict(module.named_children()).keys():
+            return module
+    raise ValueError(f"{type(model).__name__} holds no Aurea: it has no `fusion` beside a `language_model`.")
+
+
+class SpatialRangeEntropy(TrainingLogger):
+    """Logs how far the fusion looks around: the mean entropy of each stack's spatial-range weights.
+
+        spatial_range_entropy/semantic        H = -Σ_n w_n log w_n in nats, w the weights scaled to a sum of 1
+        spatial_range_entropy/semantic_share  H / log K: 0 looks at one neighbour, 1 at all K alike
+
+    and likewise for the joint stack: the mean over layers, positions and the pictures of the logging step's last batch
+    that has any. These are the weights before the small network corrects them. Adds nothing where the fusion has none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._sees_pictures = False
+        self._entropies = {}
+
+    def on_step_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        self._entropies = {}
+        if not _ends_in_log(args, state):
+            return
+        aurea = _aurea_model(model)
+        self._hooks.append(aurea.register_forward_pre_hook(self._note_pictures, with_kwargs=True))
+        for name, module in aurea.fusion.named_modules():
+            if name.endswith(".spatial_range_weights"):
+                self._hooks.append(module.register_forward_hook(partial(self._record, name)))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._remove_hooks()
+
+    def _note_pictures(self, module: nn.Module, inputs: tuple, kwargs: dict) -> None:
+        # A batch of text alone sends a blank picture through the fusion, which is no news.
+        pixel_values = kwargs.get("pixel_values")
+        self._sees_pictures = pixel_values is not None and len(pixel_values) > 0
+
+    @torch.no_grad()
+    def _record(self, name: str, module: nn.Module, inputs: tuple, weights: torch.Tensor) -> None:
+        if self._sees_pictures:
+            weights = weights.float()  # (B, H, W, K)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+            entropy = torch.special.entr(weights).sum(dim=-1).mean()
+            self._entropies[name] = entropy, math.log(weights.shape[-1])
+
+    def take_sums(self, logs: dict[str, float]) -> dict[str, tuple[float, int]]:
+        stacks = defaultdict(list)
+        for name, (entropy, maximum) in self._entropies.items():
+            stack = name.split(".")[-3].removesuffix("_layers")  # semantic_layers.0.spatial_range_weights
+            stacks[f"spatial_range_entropy/{stack}"].append(float(entropy))
+            stacks[f"spatial_range_entropy/{stack}_share"].append(float(entropy) / maximum)
+        self._entropies = {}
+        return {name: (sum(values), len(values)) for name, values in stacks.items()}
+
+
+__all__ = [
+    "GROUP_MODULES",
+    "LORA_TARGETS",
+    "PARAMETER_GROUPS",
+    "STAGES",
+    "AuxiliaryLossLogger",
+    "GroupGradientNorms",
+    "SpatialRangeEntropy",
+    "TrainableReport",
+    "TrainingLogger",
+    "lora_targets",
+    "modules_not_to_quantize",
+    "parameter_groups",
+    "set_trainable",
+]
