@@ -85,9 +85,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
     parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--train_scenes", type=int, default=0, help="look for test pictures among so many of training"
-    )
+    parser.add_argument("--train_scenes", type=int, default=0, help="look for test pictures among so many of training")
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
 

@@ -58,6 +58,8 @@ def test_the_folder_is_complete(converted):
         *(
             "hub_kernels_aurea.py",
             "image_processing_aurea.py",
+            "losses_aurea.py",
+            "parts_aurea.py",
             "processing_aurea.py",
             "processor_config.json",
             "chat_template.jinja",

@@ -23,7 +23,9 @@ CODE_FILES = {
     "fusion_aurea.py",
     "hub_kernels_aurea.py",
     "image_processing_aurea.py",
+    "losses_aurea.py",
     "modeling_aurea.py",
+    "parts_aurea.py",
     "processing_aurea.py",
     "spatial_range_attention_aurea.py",
 }

@@ -68,6 +68,9 @@ _PHI4_MINI = {
     "tie_word_embeddings": True,
 }
 
+# The feature consistency loss of training, see `feature_consistency_loss` in losses_aurea.py.
+_CONSISTENCY_KERNEL = {"alpha": 0.5, "beta": 0.5, "gamma": 1.0, "w1": 1.0, "w2": 1.0, "shift": 0.1}
+
 # Every folder that holds an Aurea is loadable by each of these with `trust_remote_code=True`.
 _AUTO_MAP = {
     "AutoConfig": "configuration_aurea.AureaConfig",
@@ -157,15 +160,24 @@ class AureaConfig(PreTrainedConfig):
             Standard deviation of the initial weights of everything that is not an encoder or the language model.
         tie_word_embeddings (`bool`, *optional*, defaults to the text model's):
             Whether the language modelling head shares the input embeddings' weight.
+        feature_consistency_coef (`float`, *optional*, defaults to 0.0):
+            Weight, in training, of the feature consistency loss: the fused map should point alike where the encoders'
+            features (both, as they come out) say that neighbours belong together. With 0 it is not computed.
+        feature_diversity_coef (`float`, *optional*, defaults to 0.0):
+            Weight, in training, of the feature diversity loss: the fused tokens of a picture should not all point one
+            way. With 0 it is not computed.
+        feature_consistency_kernel (`dict`, *optional*):
+            `alpha`, `beta`, `gamma`, `w1`, `w2` and `shift` of the feature consistency loss; those not given are 0.5,
+            0.5, 1, 1, 1 and 0.1. Its radius is the fusion's.
 
     Raises:
         ValueError: if the parts do not fit: heads that do not divide, two different grids for a fusion that needs one,
             a grid not larger than the radius, positions of blocks outside the decoder, a language model that does not
-            hand keyword arguments on to its layers.
+            hand keyword arguments on to its layers; or an auxiliary loss has a negative weight or no such kernel.
     """
 
     model_type = "aurea"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "auxiliary_losses"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", init_kwargs=_SIGLIP2_SO400M),
         "spatial_vision_config": SubConfigSpec(
@@ -191,6 +203,9 @@ class AureaConfig(PreTrainedConfig):
     image_token_id: int = 200010
     initializer_range: float = 0.02
     tie_word_embeddings: bool | None = None
+    feature_consistency_coef: float | int = 0.0
+    feature_diversity_coef: float | int = 0.0
+    feature_consistency_kernel: dict | None = None
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
@@ -222,6 +237,7 @@ class AureaConfig(PreTrainedConfig):
             self.cross_attention_intermediate_size = int(text_config.hidden_size * 4 * 2 / 3)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = 8 * self.feature_sizes[1]
+        self.feature_consistency_kernel = _CONSISTENCY_KERNEL | (self.feature_consistency_kernel or {})
 
     @property
     def feature_sizes(self) -> tuple[int, int]:
@@ -273,6 +289,7 @@ class AureaConfig(PreTrainedConfig):
         self._validate_heads()
         self._validate_views()
         self._validate_cross_attention_layers()
+        self._validate_auxiliary_losses()
 
     def _validate_encoders(self):
         for name in ("vision_config", "spatial_vision_config"):
@@ -321,7 +338,8 @@ class AureaConfig(PreTrainedConfig):
                 f"{grid_0} patches and the spatial encoder {grid_1}. Choose `vision_image_size` and "
                 "`spatial_vision_image_size` so that they agree."
             )
-        if self.fusion_config.fusion_type == "spatial_range" and min(grid_1) <= self.fusion_config.radius:
+        uses_radius = self.fusion_config.fusion_type == "spatial_range" or self.feature_consistency_coef
+        if uses_radius and min(grid_1) <= self.fusion_config.radius:
             raise ValueError(
                 f"The grid of {grid_1} patches must be larger than `fusion_config.radius` "
                 f"({self.fusion_config.radius}) on both sides. Use larger pictures or a smaller radius."
@@ -335,6 +353,20 @@ class AureaConfig(PreTrainedConfig):
                 f"`cross_attention_layers` must hold distinct positions from 0 to {num_layers} (the number of decoder "
                 f"layers, meaning after the last one), got {self.cross_attention_layers}."
             )
+
+    def _validate_auxiliary_losses(self):
+        for name in ("feature_consistency_coef", "feature_diversity_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
+        kernel = self.feature_consistency_kernel
+        unknown = sorted(kernel.keys() - _CONSISTENCY_KERNEL.keys())
+        if unknown:
+            raise ValueError(
+                f"`feature_consistency_kernel` has {', '.join(_CONSISTENCY_KERNEL)}; it knows nothing of {unknown}."
+            )
+        for name in ("alpha", "beta", "gamma"):
+            if not kernel[name] > 0:
+                raise ValueError(f"`feature_consistency_kernel.{name}` must be positive, got {kernel[name]}.")
 
 
 def _optional(config: PreTrainedConfig, name: str):

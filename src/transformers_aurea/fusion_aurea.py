@@ -96,12 +96,15 @@ class SpatialRangeFusion(nn.Module):
         self.joint_layers = nn.ModuleList(SpatialRangeAttention(self.output_dim, radius) for _ in range(2 * depth))
         self.output_proj = nn.Linear(self.output_dim, self.output_dim, bias=False)
 
-    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Maps of one grid → tokens `(batch, height·width, output_dim)`, in the dtype of the weights.
 
         Args:
             semantic_features: `(batch, height, width, semantic_dim)`, any floating dtype.
             spatial_features: `(batch, height, width, spatial_dim)`, any floating dtype.
+            return_map: also give the fused map before its last linear layer, `(batch, height, width, channels)`.
 
         Raises:
             ValueError: if the grids differ, or are not larger than the radius.
@@ -116,7 +119,8 @@ class SpatialRangeFusion(nn.Module):
         joint = torch.cat([spatial, semantic], dim=-1)
         for layer in self.joint_layers:
             joint = layer(joint_source, joint) + joint
-        return self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
+        tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
+        return (tokens, joint) if return_map else tokens
 
 
 class ConcatFusion(nn.Module):
@@ -132,14 +136,20 @@ class ConcatFusion(nn.Module):
         self.spatial_norm = nn.LayerNorm(spatial_dim, eps=layer_norm_eps)
         self.output_proj = nn.Linear(spatial_dim + semantic_dim, self.output_dim, bias=False)
 
-    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
-        """Maps of one grid → tokens `(batch, height·width, output_dim)`; ValueError if the grids differ."""
+    def forward(
+        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Maps of one grid → tokens `(batch, height·width, output_dim)`; ValueError if the grids differ.
+
+        With `return_map` also the joint map `(batch, height, width, channels)` before the linear layer.
+        """
         _check_grids(semantic_features, spatial_features)
         dtype = self.spatial_norm.weight.dtype
         spatial = self.spatial_norm(spatial_features.to(dtype))
         semantic = self.semantic_norm(semantic_features.to(dtype))
         joint = torch.cat([spatial, semantic], dim=-1)
-        return self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
+        tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
+        return (tokens, joint) if return_map else tokens
 
 
 FUSIONS = {"spatial_range": SpatialRangeFusion, "concat": ConcatFusion}

@@ -5,6 +5,7 @@
     feature_diversity_loss     the tokens of a picture should not all have one direction
     feature_diversity          mean cosine distance between the tokens of a picture
     linear_cka                 do two sets of features say alike which tokens are alike?
+    share_of_batch             losses of pictures → what a part of a batch adds to its loss
 
 All compute in float32 (float64 for float64 inputs) whatever the inputs' dtype and under autocast. None gathers
 neighbourhoods or writes out pairs of tokens where that is more than the features themselves: distances and cosines
@@ -196,4 +197,30 @@ def linear_cka(features: torch.Tensor, other_features: torch.Tensor) -> torch.Te
     return _reduce(_gram_product(left, right) / norms, "mean")
 
 
-__all__ = ["feature_consistency_loss", "feature_diversity", "feature_diversity_loss", "linear_cka"]
+def share_of_batch(
+    losses: torch.Tensor,
+    image_tokens: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """The losses of pictures as a part of a batch's loss, which is a mean over the tokens to predict.
+
+    The pictures of a row weigh together what the row's tokens to predict do. So the shares of the parts of a batch,
+    rows dealt out to steps of accumulation or to processes, add up to that of the whole, wherever the pictures are.
+
+    Args:
+        losses: `(num_images,)`, in the order of the placeholders.
+        image_tokens: `(batch, tokens)`, True at each picture's placeholder.
+        labels: `(batch, tokens)`, -100 where nothing is to be predicted; the first token of a row never is.
+        num_items_in_batch: tokens to predict in the whole batch; by default those in `labels`.
+
+    Returns:
+        A scalar.
+    """
+    num_targets = (labels[:, 1:] != -100).sum(dim=1)  # (B,)
+    weights = (num_targets / image_tokens.sum(dim=1))[image_tokens.nonzero()[:, 0]]  # (num_images,)
+    total = num_targets.sum() if num_items_in_batch is None else num_items_in_batch
+    return (losses.to(weights.device) * weights).sum() / total
+
+
+__all__ = ["feature_consistency_loss", "feature_diversity", "feature_diversity_loss", "linear_cka", "share_of_batch"]

@@ -17,6 +17,7 @@ picture the blocks are not run at all: text alone gives the decoder's own logits
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -24,7 +25,15 @@ from inspect import signature
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
@@ -37,6 +46,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .configuration_aurea import AureaConfig
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
 from .hub_kernels_aurea import HubKernelsMixin
+from .losses_aurea import feature_consistency_loss, feature_diversity_loss, share_of_batch
+from .parts_aurea import Part, model_from_parts
 
 
 logger = logging.get_logger(__name__)
@@ -56,11 +67,14 @@ class AureaImageFeaturesOutput(BaseModelOutputWithPooling):
             Output of the spatial encoder.
         spatial_hidden_states, spatial_attentions (`tuple(torch.FloatTensor)`, *optional*):
             Those of the spatial encoder, on request, as `hidden_states` and `attentions` are the semantic encoder's.
+        auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
+            `(num_images,)` each, by name: `"feature_consistency"` and `"feature_diversity"`, not weighted.
     """
 
     spatial_last_hidden_state: torch.FloatTensor | None = None
     spatial_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     spatial_attentions: tuple[torch.FloatTensor, ...] | None = None
+    auxiliary_losses: dict[str, torch.FloatTensor] | None = None
 
 
 @dataclass
@@ -77,6 +91,8 @@ class AureaModelOutputWithPast(ModelOutput):
             One `(batch_size, num_heads, sequence_length, num_visual_tokens)` per cross-attention block.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_patches, hidden_size)`, *optional*):
             The projected features of the pictures given in this call.
+        auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*):
+            See [`AureaImageFeaturesOutput`].
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -85,6 +101,7 @@ class AureaModelOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    auxiliary_losses: dict[str, torch.FloatTensor] | None = None
 
 
 @dataclass
@@ -92,11 +109,13 @@ class AureaCausalLMOutputWithPast(ModelOutput):
     r"""
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-            Next-token prediction loss.
+            Next-token prediction loss and, in training, the weighted auxiliary losses.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the language modelling head before the softmax.
         past_key_values, hidden_states, attentions, cross_attentions, image_hidden_states:
             See [`AureaModelOutputWithPast`].
+        auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
+            Means over the pictures of this call, not weighted and without gradient, to be logged.
     """
 
     loss: torch.FloatTensor | None = None
@@ -106,6 +125,7 @@ class AureaCausalLMOutputWithPast(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    auxiliary_losses: dict[str, torch.FloatTensor] | None = None
 
 
 class AureaMultiModalProjector(nn.Module):
@@ -517,7 +537,7 @@ class AureaModel(AureaPreTrainedModel):
         self._check_pixel_values(pixel_values)
         semantic, semantic_features = self._encode_view(self.vision_model, pixel_values, 0, **kwargs)
         spatial, spatial_features = self._encode_view(self.spatial_vision_model, pixel_values, 1, **kwargs)
-        fused_features = self.fusion(semantic_features, spatial_features)  # (images, N, C_fused)
+        fused_features, auxiliary_losses = self._fuse(semantic_features, spatial_features)  # (images, N, C_fused)
         return AureaImageFeaturesOutput(
             last_hidden_state=semantic.last_hidden_state,
             pooler_output=self.multi_modal_projector(fused_features),  # (images, N, C)
@@ -526,7 +546,30 @@ class AureaModel(AureaPreTrainedModel):
             spatial_last_hidden_state=spatial.last_hidden_state,
             spatial_hidden_states=spatial.hidden_states,
             spatial_attentions=spatial.get("attentions"),
+            auxiliary_losses=auxiliary_losses,
         )
+
+    def _fuse(
+        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+        """Fused tokens, and the auxiliary losses (images,) of a fusion that trains, on the tensors of the original."""
+        consistency, diversity = self.config.feature_consistency_coef, self.config.feature_diversity_coef
+        if not self.training or not (consistency or diversity):
+            return self.fusion(semantic_features, spatial_features), None
+        tokens, fused_map = self.fusion(semantic_features, spatial_features, return_map=True)
+        if not tokens.requires_grad:
+            return tokens, None
+        losses = {}
+        if consistency:
+            settings = {"radius": self.config.fusion_config.radius, **self.config.feature_consistency_kernel}
+            # The guidance says what belongs together; an encoder that trains is not to learn to say what pays.
+            losses["feature_consistency"] = sum(
+                feature_consistency_loss(guidance.detach(), fused_map, **settings, reduction="none")
+                for guidance in (spatial_features, semantic_features)
+            )
+        if diversity:
+            losses["feature_diversity"] = feature_diversity_loss(tokens, reduction="none")
+        return tokens, losses
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         canvas = tuple(max(sides) for sides in zip(*self.config.view_sizes))
@@ -613,7 +656,7 @@ class AureaModel(AureaPreTrainedModel):
             raise ValueError("Give the pictures as `pixel_values` or as `cross_attention_states`, not both.")
 
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, T)
-        image_features = None
+        image_features = auxiliary_losses = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
             seen = past_key_values.images_seen if isinstance(past_key_values, VisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
@@ -622,7 +665,8 @@ class AureaModel(AureaPreTrainedModel):
                     "`past_key_values` holds text that was read before its row's first picture. Without a cache it "
                     "would see that picture. Give the whole text again and an empty cache to have it so."
                 )
-            image_features = self.get_image_features(pixel_values).pooler_output  # (images, N, C)
+            image_outputs = self.get_image_features(pixel_values)
+            image_features, auxiliary_losses = image_outputs.pooler_output, image_outputs.auxiliary_losses
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
         elif cross_attention_states is None and past_key_values is None and self._trains_image_branch():
             # A step of text alone. Its rows look at nothing, and every parameter that trains gets a gradient, of zero:
@@ -659,6 +703,7 @@ class AureaModel(AureaPreTrainedModel):
             attentions=outputs.attentions,
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
             image_hidden_states=image_features,
+            auxiliary_losses=auxiliary_losses,
         )
 
     def _trains_image_branch(self) -> bool:
@@ -754,6 +799,51 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
         self.post_init()
 
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        vision: Part,
+        spatial_vision: Part,
+        text: Part,
+        *,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        **config_overrides,
+    ) -> "AureaForConditionalGeneration":
+        r"""
+        Two pretrained vision encoders and a pretrained language model as one Aurea, on the CPU, in evaluation mode.
+
+        The parts' weights are kept bit for bit; fusion, projector and cross-attention blocks are new. What the blocks
+        add starts at zero: until they are trained, the logits are those of the language model alone, with or without
+        pictures. [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it.
+
+        Args:
+            vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                The semantic encoder: a hub id, a folder, or a model, which is copied. Of a model with more than a
+                vision encoder (SigLIP, CLIP, a classifier) the encoder is taken.
+            spatial_vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                The spatial encoder, likewise.
+            text (`str`, `os.PathLike` or `PreTrainedModel`):
+                A decoder language model, likewise. Its generation settings are kept.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
+                By default the one where `text` comes from. It tells the id of the image token, its `image_token` or
+                else `<|image|>`; if it has none, that of the next free token. The embeddings grow only if that id
+                is beyond them, by rows that are the mean of the others.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Of everything but the encoders, which are in float32. By default that of the language model.
+            config_overrides:
+                Arguments of [`AureaConfig`], such as `fusion_config` and `cross_attention_layers`. With
+                `image_token_id` no tokenizer is needed.
+
+        Raises:
+            OSError: a part cannot be found.
+            TypeError: a part is none.
+            ValueError: a part does not fit its place or another part, lacks weights, or there is no tokenizer.
+        """
+        return model_from_parts(
+            cls, vision, spatial_vision, text, tokenizer=tokenizer, dtype=dtype, **config_overrides
+        )
+
     def get_image_features(
         self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
     ) -> AureaImageFeaturesOutput:
@@ -805,6 +895,12 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
+        auxiliary_losses = outputs.auxiliary_losses
+        if loss is not None and auxiliary_losses:
+            weighted = sum(getattr(self.config, f"{name}_coef") * values for name, values in auxiliary_losses.items())
+            image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+            share = share_of_batch(weighted, image_tokens, labels, kwargs.get("num_items_in_batch"))
+            loss = loss + share.to(loss.device)
         return AureaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -813,6 +909,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=outputs.image_hidden_states,
+            auxiliary_losses=auxiliary_losses
+            and {name: losses.detach().mean() for name, losses in auxiliary_losses.items()},
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,18 @@ model through cross-attention, not through the token sequence. So texts are not 
 that every row has as many placeholders as pictures.
 """
 
+import os
+
+from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
+from .configuration_aurea import AureaConfig
+from .image_processing_aurea import AureaImageProcessor
+from .parts_aurea import IMAGE_TOKEN, Part, image_token, load_tokenizer, parts_config, view_settings
 
-IMAGE_TOKEN = "<|image|>"
 
 SYSTEM_PROMPT = (
     "You are AureaPhi4, a helpful vision-language assistant skilled in analyzing images and text for tasks such as "
@@ -20,10 +25,7 @@ SYSTEM_PROMPT = (
     "multimodal reasoning."
 )
 
-# The published prompt has no separators between its parts, hence no line may leave white space behind. `<|assistant|>`
-# swallows the spaces after it when it is tokenized; stripping them here keeps the assistant mask off that token.
-CHAT_TEMPLATE = (
-    """{%- macro render(content) -%}
+_RENDER = """{%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- elif content is not none -%}
@@ -38,7 +40,13 @@ CHAT_TEMPLATE = (
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- set found = namespace(image=false, system=false) -%}
+"""
+
+# The published prompt has no separators between its parts, hence no line may leave white space behind. `<|assistant|>`
+# swallows the spaces after it when it is tokenized; stripping them here keeps the assistant mask off that token.
+CHAT_TEMPLATE = (
+    _RENDER
+    + """{%- set found = namespace(image=false, system=false) -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'system' -%}
         {%- set found.system = true -%}
@@ -69,6 +77,62 @@ CHAT_TEMPLATE = (
 """
 )
 
+# For a language model without a template of its own.
+PLAIN_CHAT_TEMPLATE = (
+    _RENDER
+    + """{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- 'Assistant:\n' -}}
+        {%- generation -%}
+            {{- render(message['content']).lstrip() + eos_token -}}
+        {%- endgeneration -%}
+    {%- elif message['role'] in ['system', 'user'] -%}
+        {{- message['role'] | capitalize + ':\n' + render(message['content']) + '\n' -}}
+    {%- else -%}
+        {{- raise_exception("Roles are 'system', 'user' and 'assistant', got '" ~ message['role'] ~ "'") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'Assistant:\n' -}}
+{%- endif -%}
+"""
+)
+
+# In front of a language model's own template, which knows only text: lists of parts become text. The last tag leaves
+# the white space behind it alone.
+FLATTENING_PREFIX = (
+    _RENDER
+    + """{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+    {%- if message['content'] is defined and message['content'] is not none -%}
+        {%- set message = dict(message, content=render(message['content'])) -%}
+    {%- endif -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+{%- endfor -%}
+{%- set messages = flat.messages +%}"""
+)
+
+
+def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The published template if the tokenizer has its tokens, else its own, taught about pictures, else a plain one.
+
+    Raises:
+        ValueError: the tokenizer has neither a template nor an `eos_token` to end an answer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if all(f"<|{name}|>" in vocabulary for name in ("system", "user", "assistant", "end")):
+        template = CHAT_TEMPLATE
+    elif tokenizer.chat_template is not None:
+        template = FLATTENING_PREFIX + tokenizer.get_chat_template()
+    elif tokenizer.eos_token is not None:
+        template = PLAIN_CHAT_TEMPLATE
+    else:
+        raise ValueError(
+            "The tokenizer has neither a chat template nor an `eos_token` that could end an answer: give "
+            "`chat_template`, or set `tokenizer.eos_token`."
+        )
+    return template.replace(IMAGE_TOKEN, image_token(tokenizer))
+
 
 class AureaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {
@@ -96,7 +160,7 @@ class AureaProcessor(ProcessorMixin):
     valid_processor_kwargs = AureaProcessorKwargs
 
     def __init__(self, image_processor, tokenizer, chat_template=None):
-        self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        self.image_token = image_token(tokenizer)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(
@@ -107,6 +171,52 @@ class AureaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         # Saving sets it, loading drops it; a processor saved and loaded is to be the one that it was.
         self.auto_map = {"AutoProcessor": "processing_aurea.AureaProcessor"}
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        vision: Part,
+        spatial_vision: Part,
+        text: Part,
+        *,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        image_processor: AureaImageProcessor | None = None,
+        config: AureaConfig | None = None,
+        chat_template: str | None = None,
+    ) -> "AureaProcessor":
+        r"""The processor of [`AureaForConditionalGeneration.from_pretrained_parts`], which takes the same parts.
+
+        Args:
+            vision, spatial_vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                The encoders. Each view is the whole picture, normalised and interpolated as the image processor where
+                the encoder comes from has it; where there is none, as SigLIP's and DINOv2's do.
+            text (`str`, `os.PathLike` or `PreTrainedModel`):
+                The language model, for its tokenizer, unless `tokenizer` gives one.
+            tokenizer: As given for the model. It gets an image token if it has none.
+            image_processor (`AureaImageProcessor`, *optional*): Used as it is, in place of the above.
+            config (`AureaConfig`, *optional*):
+                The model's configuration, for the sizes of the views. By default that of these parts as they are.
+            chat_template (`str`, *optional*):
+                By default the published one if the tokenizer has its tokens, else the tokenizer's own, taught to write
+                the image token, else a plain one.
+
+        Raises:
+            OSError, TypeError, ValueError: as for the model; `config` is of another tokenizer.
+        """
+        tokenizer = load_tokenizer(text, tokenizer)
+        if image_processor is None:
+            # The sizes are the same for any fusion, and this one has nothing to refuse.
+            sizes = config or parts_config(vision, spatial_vision, text, fusion_config={"fusion_type": "concat"})
+            views = zip((vision, spatial_vision), sizes.view_sizes, ("", "spatial_"))
+            settings = [view_settings(*view) for view in views]
+            image_processor = AureaImageProcessor(**settings[0], **settings[1])
+        processor = cls(image_processor, tokenizer, chat_template=chat_template or chat_template_for(tokenizer))
+        if config is not None and config.image_token_id != processor.image_token_id:
+            raise ValueError(
+                f"`config.image_token_id` is {config.image_token_id}, but {processor.image_token!r} has the id "
+                f"{processor.image_token_id} in the tokenizer. Give the tokenizer that the model was made with."
+            )
+        return processor
 
     def __call__(
         self,

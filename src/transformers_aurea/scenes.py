@@ -126,7 +126,9 @@ def make_scene(
         ValueError: for a seed that is not an integer from 0 on, an unknown kind, or a number out of range.
     """
     kinds = KINDS if kinds is None else tuple(kinds)
-    counts = questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(KINDS, questions_per_kind)
+    counts = (
+        questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(KINDS, questions_per_kind)
+    )
     for kind in (*kinds, *counts):
         if kind not in KINDS:
             raise ValueError(f"Unknown kind {kind!r}: the kinds are {', '.join(KINDS)}.")

@@ -1,0 +1,256 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""The parts of an Aurea, taken from other models: two vision encoders, a language model and its tokenizer.
+
+A part is a hub id, a local folder, or a model of transformers that is loaded already; that one is not changed. Of a
+model with a vision tower among other things (SigLIP, CLIP, a classifier) the tower is taken.
+
+    configurations     `parts_config`       AureaConfig, which refuses what does not fit, before any weights are read
+    weights            `model_from_parts`   the same under the names they have in an Aurea
+    tokenizer          `load_tokenizer`     one that knows the image token
+    image processors   `view_settings`      how each encoder wants its view
+"""
+
+import copy
+import os
+
+import torch
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from .configuration_aurea import AureaConfig
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_TOKEN = "<|image|>"
+
+Part = str | os.PathLike | PreTrainedModel
+
+
+def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overrides) -> AureaConfig:
+    """The configuration of an Aurea of these parts.
+
+    Raises:
+        OSError: a part's configuration cannot be read.
+        TypeError: a part is none.
+        ValueError: an encoder's place is given to something else; whatever [`AureaConfig`] refuses.
+    """
+    return AureaConfig(
+        vision_config=_vision_config(vision, "vision"),
+        spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
+        text_config=_config(text, "text"),
+        **config_overrides,
+    )
+
+
+def _config(part: Part, name: str) -> PreTrainedConfig:
+    if isinstance(part, PreTrainedModel):
+        return copy.deepcopy(part.config)
+    if not isinstance(part, (str, os.PathLike)):
+        raise TypeError(
+            f"`{name}` must be a hub id, a folder or a model of transformers, got {type(part).__name__}. If it is "
+            "wrapped (PEFT, compile, DDP), give the model inside."
+        )
+    try:
+        return AutoConfig.from_pretrained(part)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"`{name}={str(part)!r}` is no model that can be loaded: {error}") from error
+
+
+def _vision_config(part: Part, name: str) -> PreTrainedConfig:
+    config = _config(part, name)
+    config = getattr(config, "vision_config", config)
+    encoder_class = MODEL_MAPPING.get(type(config), None)
+    if getattr(encoder_class, "main_input_name", None) != "pixel_values":
+        raise ValueError(f"`{name}` is of type '{config.model_type}', which is not a vision encoder of transformers.")
+    return config
+
+
+def load_encoder(part: Part) -> PreTrainedModel:
+    """A vision encoder, or the vision tower of what was given; a copy if it was loaded already."""
+    if isinstance(part, PreTrainedModel):
+        return copy.deepcopy(part.base_model.get_encoder(modality="image")).cpu()
+    return AutoModel.from_pretrained(part, dtype="auto").get_encoder(modality="image")
+
+
+def load_language_model(part: Part) -> PreTrainedModel:
+    """A decoder with its head, or without if it was given so; a copy if it was loaded already.
+
+    Raises:
+        ValueError: a file lacks weights, which the loader would make up.
+    """
+    if isinstance(part, PreTrainedModel):
+        return copy.deepcopy(part).cpu()
+    model, report = AutoModelForCausalLM.from_pretrained(part, dtype="auto", output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"`text={str(part)!r}` lacks weights of a {type(model).__name__}: {sorted(report['missing_keys'])[:5]}. "
+            "If it is a decoder without head, load it with `AutoModel` and give `tie_word_embeddings=True`."
+        )
+    return model
+
+
+def model_from_parts(
+    model_class: type[PreTrainedModel],
+    vision: Part,
+    spatial_vision: Part,
+    text: Part,
+    *,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_overrides,
+) -> PreTrainedModel:
+    """See [`AureaForConditionalGeneration.from_pretrained_parts`], which `model_class` is."""
+    config = parts_config(vision, spatial_vision, text, **config_overrides)
+    if "image_token_id" not in config_overrides:
+        tokenizer = load_tokenizer(text, tokenizer)
+        config.image_token_id = tokenizer.convert_tokens_to_ids(image_token(tokenizer))
+    with torch.device("meta"):
+        skeleton = model_class(config)
+    language_model = load_language_model(text)
+    state_dict = _state_dict(skeleton, load_encoder(vision), load_encoder(spatial_vision), language_model)
+    dtype = language_model.dtype if dtype in (None, "auto") else dtype
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that everything else is new is no news
+    try:
+        model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+    finally:
+        logging.set_verbosity(verbosity)
+    _make_room_for_image_token(model)
+    if language_model.can_generate():
+        model.generation_config = language_model.generation_config
+    return model
+
+
+def _state_dict(
+    skeleton: PreTrainedModel, vision: PreTrainedModel, spatial_vision: PreTrainedModel, text: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """The parts' weights by their names in `skeleton`, an Aurea without weights, and what starts otherwise than new.
+
+    Heads for which there is no place are left out.
+
+    Raises:
+        ValueError: the parts lack weights that their places need.
+    """
+    modules = {
+        "model.vision_model.": vision,
+        "model.spatial_vision_model.": spatial_vision,
+        "model.language_model.": text.base_model,
+        "lm_head.": text.get_output_embeddings(),
+    }
+    places = skeleton.state_dict()
+    if skeleton.config.tie_word_embeddings:
+        del places["lm_head.weight"]
+    blocks = {name: places.pop(name) for name in list(places) if "cross_attention_block." in name}
+    state_dict = {
+        prefix + name: tensor
+        for prefix, module in modules.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
+        if prefix + name in places
+    }
+    missing = sorted(name for name in places.keys() - state_dict.keys() if name.startswith(tuple(modules)))
+    if "lm_head.weight" in missing:
+        raise ValueError(
+            f"`text` ({type(text).__name__}) has no language modelling head. Give the model with it "
+            "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
+        )
+    if missing:
+        raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
+    last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
+    zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(last_of_block)}
+    # The loader keeps in float32 what is given, not what it makes itself.
+    widths = {name: torch.ones(()) for name in places if name.endswith("sigma_spatial")}
+    return state_dict | zeros | widths
+
+
+@torch.no_grad()
+def _make_room_for_image_token(model: PreTrainedModel):
+    """Embeddings up to the image token's id, the new ones being the mean of the others."""
+    old_size = model.get_input_embeddings().num_embeddings
+    if model.config.image_token_id < old_size:
+        return
+    model.resize_token_embeddings(model.config.image_token_id + 1, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        module.weight[old_size:] = module.weight[:old_size].float().mean(dim=0)
+
+
+def view_settings(part: Part, size: tuple[int, int], prefix: str) -> dict:
+    """An encoder's view as an image processor's settings, their names behind `prefix`: all of the picture, at `size`.
+
+    Mean, standard deviation and interpolation are those of the image processor where the part comes from, if any.
+    """
+    settings = {"size": dict(zip(("height", "width"), size)), "crop_size": None}
+    source = part.config.name_or_path if isinstance(part, PreTrainedModel) else part
+    try:
+        own = BaseImageProcessor.get_image_processor_dict(source)[0] if source else {}
+    except OSError:
+        own = {}
+    if not own:
+        logger.warning(
+            f"No image processor was found for the encoder {source or type(part).__name__}. Its view is normalised as "
+            f"AureaImageProcessor does by default; see `{prefix}image_mean`, `{prefix}image_std`, `{prefix}resample`."
+        )
+    settings |= {name: own[name] for name in ("image_mean", "image_std", "resample") if own.get(name) is not None}
+    if not own.get("do_normalize", True):
+        settings |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    return {f"{prefix}{name}": value for name, value in settings.items()}
+
+
+def load_tokenizer(text: Part, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None):
+    """The tokenizer given, else that of the language model, with the image token as one of its special tokens.
+
+    The image token is the tokenizer's own `image_token` or else `<|image|>`, which is added unless it exists. A
+    tokenizer that is given as an object stays as it is; a copy of it is extended.
+
+    Raises:
+        ValueError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        tokenizer = text.config.name_or_path if isinstance(text, PreTrainedModel) else text
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = copy.deepcopy(tokenizer)
+    else:
+        try:
+            if not tokenizer:
+                raise ValueError("`text` is a model that was not loaded from anywhere.")
+            source, tokenizer = tokenizer, AutoTokenizer.from_pretrained(tokenizer)
+            if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+                raise ValueError(f"{source} has no vocabulary.")  # loaders are content with a configuration alone
+        except Exception as error:  # loaders fail on incomplete folders with whatever they run into
+            raise ValueError(
+                f"No tokenizer could be loaded. Give one as `tokenizer`, or, for the model alone, `image_token_id`. "
+                f"The reason: {error}"
+            ) from error
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [image_token(tokenizer)]}, replace_extra_special_tokens=False
+    )
+    return tokenizer
+
+
+def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The placeholder of a picture: the tokenizer's `image_token` where it has one, else `<|image|>`."""
+    return getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+
+
+__all__ = [
+    "IMAGE_TOKEN",
+    "Part",
+    "image_token",
+    "load_encoder",
+    "load_language_model",
+    "load_tokenizer",
+    "model_from_parts",
+    "parts_config",
+    "view_settings",
+]
