@@ -60,7 +60,7 @@ def published_projection(projection, maps):
 def published_layer(layer, values, semantic):
     proj = published_projection(layer.range_proj, semantic)
     proj = proj.to(torch.promote_types(proj.dtype, torch.float32))
-    weights = published_weights(proj, layer.sigma_spatial, layer.radius).to(semantic.dtype)
+    weights = published_weights(proj, layer.sigma_spatial.squeeze(0), layer.radius).to(semantic.dtype)
     fixup = published_projection(layer.fixup_proj, torch.cat([weights, semantic], 1))
     weights = weights + weights * fixup.sigmoid()
     weights = weights / (weights.sum(1, keepdim=True) + 1e-7)

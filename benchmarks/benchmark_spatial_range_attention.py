@@ -5,9 +5,9 @@
 
 `published` is the published formulation, `pytorch` our PyTorch path, `compiled` torch.compile of that, `kernel` the
 compiled kernel, a local build; FlexAttention and NATTEN take part in speed only (`baselines.py`). All variants and all
-sizes of one table take turns in one process, and each figure is a median: compare ratios within one run, not
-milliseconds of two. On a CPU one thread computes and processor time counts. On CUDA `ms` is the time of calls from
-Python, one after the other, `graph_ms` that of a replayed CUDA graph.
+sizes of one table take turns in one process, and each figure is that of the fastest call: compare ratios within one
+run, not milliseconds of two. On a CPU one thread computes and processor time counts. On CUDA `ms` is the time of calls
+from Python, one after the other, `graph_ms` that of a replayed CUDA graph.
 
 Errors are the largest difference from a float64 reference on the same inputs, relative to its largest value; on grids
 beyond 32 × 32 over three squares: two opposite corners and the middle. Memory, `mb`, is the most that torch's

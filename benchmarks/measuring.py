@@ -7,7 +7,6 @@ import importlib.metadata
 import os
 import platform
 import signal
-import statistics
 import subprocess
 import time
 from contextlib import contextmanager
@@ -171,12 +170,14 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, previous)
 
 
-def medians(calls, device, budget, least=None, most=50):
-    """Median seconds of each call and how many samples it is of. The calls take turns in each of five rounds.
+def fastest(calls, device, budget, least=None, most=50):
+    """Seconds of each call at its fastest, and of how many samples. The calls take turns in each of five rounds.
+
+    The fastest sample is the one that other programs disturbed least; a median would measure them too.
 
     Args:
         budget: seconds for the samples of one call, of which there are at most `most`.
-        least: samples, by name, of a call that is too long for the budget; 3 unless given.
+        least: samples, by name, of a call that is too long for the budget; 5 unless given.
     """
     samples, missing, repeats = {}, {}, {}
     for name, call in calls.items():
@@ -184,13 +185,13 @@ def medians(calls, device, budget, least=None, most=50):
         samples[name] = [once] if once > budget / most else []  # a short call is warm only now
         once = once if samples[name] else device.seconds(call)
         repeats[name] = device.repeats(once)
-        count = max((least or {}).get(name, 3), min(most, int(budget / (once * repeats[name]))))
+        count = max((least or {}).get(name, 5), min(most, int(budget / (once * repeats[name]))))
         missing[name] = count - len(samples[name])
     for turn in range(ROUNDS):
         for name, call in calls.items():
             for _ in range(missing[name] * (turn + 1) // ROUNDS - missing[name] * turn // ROUNDS):
                 samples[name].append(device.seconds(call, repeats[name]))
-    return {name: (statistics.median(times), len(times)) for name, times in samples.items()}
+    return {name: (min(times), len(times)) for name, times in samples.items()}
 
 
 def relative_error(actual, expected):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from measuring import medians, time_limit
+from measuring import fastest, time_limit
 
 
 RADIUS = 3
@@ -24,7 +24,7 @@ class Trial(NamedTuple):
     check: Callable = lambda result: {}
     obstacle: Callable = lambda: None
     compiles: bool = False
-    least: int = 3  # samples
+    least: int = 5  # samples
 
     @property
     def figures(self):
@@ -44,7 +44,7 @@ class Bench:
         """Run the trials, those that can, and write their figures into their rows."""
         trials, ready = self.first_calls(trials)
         least = {number: 1 if self.quick else trials[number].least for number in ready}
-        for number, (seconds, samples) in medians(ready, self.device, self.budget, least).items():
+        for number, (seconds, samples) in fastest(ready, self.device, self.budget, least).items():
             trials[number].figures.update(ms=seconds * 1e3, samples=samples)
         self.add_resident_memory(trials, ready)
         self.add_graphs(trials, ready)
@@ -93,7 +93,7 @@ class Bench:
                 except Exception as error:
                     trials[number].figures["graph_error"] = describe(error)
         graphs = {number: graph for number, graph in graphs.items() if graph is not None}
-        for number, (seconds, _) in medians(graphs, self.device, self.budget).items():
+        for number, (seconds, _) in fastest(graphs, self.device, self.budget).items():
             trials[number].figures["graph_ms"] = seconds * 1e3
 
     def finish(self, trials):

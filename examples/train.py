@@ -16,12 +16,22 @@ on from the newest complete checkpoint in `output_dir`.
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig, EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.distributed import DistributedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
@@ -94,9 +104,12 @@ def load_model(args: ModelArguments):
     if args.model_name_or_path is None and None in parts.values():
         missing = [f"--{name}" for name, part in parts.items() if part is None]
         raise ValueError(f"Give --model_name_or_path, or all three parts: {', '.join(missing)} not given.")
+    tp_size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # of the launch configuration
     if args.model_name_or_path is None:
-        if args.load_in_4bit:
-            raise ValueError("--load_in_4bit needs a saved Aurea: save the one made of parts first.")
+        if args.load_in_4bit or tp_size > 1 or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea: make and save one of parts first."
+            )
         model = AureaForConditionalGeneration.from_pretrained_parts(**parts, dtype=args.dtype, **overrides)
         return model, AureaProcessor.from_pretrained_parts(**parts, config=model.config)
     quantization = None
@@ -109,7 +122,11 @@ def load_model(args: ModelArguments):
             llm_int8_skip_modules=modules_not_to_quantize(precise),
         )
     model = AureaForConditionalGeneration.from_pretrained(
-        args.model_name_or_path, dtype=args.dtype, quantization_config=quantization, **overrides
+        args.model_name_or_path,
+        dtype=args.dtype,
+        quantization_config=quantization,
+        distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
+        **overrides,
     )
     return model, AureaProcessor.from_pretrained(args.model_name_or_path)
 
@@ -185,7 +202,8 @@ class ExactMatch:
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint whose saving was not cut off: the trainer's state, written last, can be read."""
-    checkpoints = {int(path.name.split("-")[1]): path for path in Path(output_dir).glob("checkpoint-*")}
+    folders = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
+    checkpoints = {int(step): path for step, path in folders if step.isdecimal()}
     for _, path in sorted(checkpoints.items(), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -196,6 +214,18 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+class TrainingIsDone(Exception):
+    pass
+
+
+class StopIfDone(TrainerCallback):
+    """Resumed from the checkpoint of its last step, Trainer would train one step more."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise TrainingIsDone
+
+
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
@@ -203,6 +233,7 @@ def main():
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True
+    training_args.accelerator_config.dispatch_batches = False  # it would cut a stream's pictures by the rows
 
     model, processor = load_model(model_args)
     model = choose_parameters(model, model_args, training_args.gradient_checkpointing)
@@ -222,11 +253,17 @@ def main():
     )
     for callback in (AuxiliaryLossLogger(), GroupGradientNorms(), SpatialRangeEntropy()):
         callback.attach(trainer)
+    trainer.add_callback(StopIfDone())
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is not None:
+            logger.info(f"Training goes on from {checkpoint}")
+        try:
+            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+            trainer.save_metrics("train", metrics)
+        except TrainingIsDone:
+            logger.info("All steps were done already.")
         trainer.save_model()
-        trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training_args.do_eval:
         metrics = trainer.evaluate()

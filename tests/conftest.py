@@ -5,6 +5,7 @@ from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; one that tries fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # these models are too small to be worth sharing out
 
 import pytest
 import torch

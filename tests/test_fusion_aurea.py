@@ -32,8 +32,9 @@ def rename(name):
     return f"{STACKS[head]}.{2 * int(stage) + int(twin)}.{rename_in_layer(rest)}"
 
 
-def convolution_to_linear(weight):
-    return weight[:, :, 0, 0] if weight.ndim == 4 else weight
+def in_our_shape(weight):
+    """A 1×1 convolution is a linear layer here, a scalar a vector of one."""
+    return weight[:, :, 0, 0] if weight.ndim == 4 else torch.atleast_1d(weight)
 
 
 def to_tokens(maps):
@@ -53,7 +54,7 @@ def published_state():
     prefix = "aurea_phi.lm.sr_block."
     state = load_file(FIXTURES / "published" / "aureamodel.safetensors")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return {rename(key): convolution_to_linear(value) for key, value in state.items()}
+    return {rename(key): in_our_shape(value) for key, value in state.items()}
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_one_layer_matches_the_original_step_by_step(goldens, fusion, case, laye
     assert relative_error(source.grad, maps["grad_spatial_feats"]) < 1e-5
     assert relative_error(guidance.grad, maps["grad_semantic_feats"]) < 1e-5
     gradients = {
-        rename_in_layer(key.removeprefix("grad_param/")): convolution_to_linear(value)
+        rename_in_layer(key.removeprefix("grad_param/")): in_our_shape(value)
         for key, value in golden.items()
         if key.startswith("grad_param/")
     }

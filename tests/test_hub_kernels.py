@@ -3,8 +3,10 @@
 
 import copy
 import importlib
+import io
 import json
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 import torch
 from conftest import random_pixels, tiny_config, tiny_model
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import KernelConfig, PreTrainedModel
 
 
@@ -130,15 +133,18 @@ def fake_kernel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled_kernel(tmp_path_factory) -> Path:
+def compiled_kernel(request, tmp_path_factory) -> Path:
     script = REPOSITORY / "build_local.py"
     if not script.is_file():
         pytest.skip("the kernel's sources are not beside these tests")
     if not shutil.which(os.environ.get("CXX", "g++")):
         pytest.skip("there is no C++ compiler")
     folder = tmp_path_factory.mktemp("compiled")
-    done = subprocess.run([sys.executable, script, "cpu", "--out", folder / "build"], capture_output=True, text=True)
+    cache = getattr(request.config, "cache", None)  # shared with the kernel's own tests: compiled once
+    build = (cache.mkdir("spatial-range-attention") if cache else folder) / f"torch-{torch.__version__}"
+    done = subprocess.run([sys.executable, script, "cpu", "--out", build], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    shutil.copytree(build, folder / "build")
     return folder
 
 
@@ -156,6 +162,21 @@ def kernel(best_kernel) -> Path:
     """A kernel's folder, named for the models of this test."""
     configure_kernel(path=best_kernel)
     return best_kernel
+
+
+@pytest.fixture
+def cached_repository(tmp_path, monkeypatch):
+    """Puts a kernel's folder in a cache of the Hub, as a download does, and gives the repository's name."""
+
+    def put(folder: Path) -> str:
+        cached = tmp_path / "cache" / "kernels--someone--cached"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "v1").write_text("0" * 40)
+        shutil.copytree(folder / "build", cached / "snapshots" / ("0" * 40) / "build")
+        monkeypatch.setattr("kernels.resolver.CACHE_DIR", tmp_path / "cache")
+        return "someone/cached"
+
+    return put
 
 
 @pytest.fixture
@@ -278,6 +299,30 @@ class TestInPlace:
         twin.set_use_kernels(False)
         assert twin.kernel_status().implementation == "pytorch"
         assert model.kernel_status().implementation == "kernel"
+
+    @pytest.mark.parametrize("save", ["pickle", "torch"])
+    def test_it_is_in_place_again_after_unpickling(self, kernel, model, warnings, save):
+        model.set_use_kernels(True)
+        file = io.BytesIO()
+        pickle.dump(model, file) if save == "pickle" else torch.save(model, file)
+        file.seek(0)
+        loaded = pickle.load(file) if save == "pickle" else torch.load(file, weights_only=False)
+        assert loaded.use_kernels and loaded.kernel_status() == model.kernel_status() and warnings() == []
+        part = pickle.loads(pickle.dumps(model.model.fusion))
+        assert kernel_status(part)[:2] == ("pytorch", None) and "as in a pickle" in kernel_status(part).reason
+        model.set_use_kernels(False)
+        assert pickle.loads(pickle.dumps(model)).kernel_status() == model.kernel_status()
+
+    def test_under_a_hook_of_accelerate_it_is_told_and_switched_off(self, kernel, model):
+        hooks = pytest.importorskip("accelerate.hooks")
+        model.set_use_kernels(True)
+        layer = model.model.fusion.joint_layers[0].spatial_range_weights
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+        assert model.kernel_status().implementation == "kernel"
+        model.set_use_kernels(False)
+        assert model.kernel_status()[:2] == ("pytorch", None)
+        hooks.remove_hook_from_module(layer)
+        assert model.kernel_status()[:2] == ("pytorch", None)
 
     def test_switched_off_it_leaves_what_was_before(self, kernel, model):
         inputs = picture_inputs(model)
@@ -412,17 +457,69 @@ class TestFailures:
         configure_kernel(path=tmp_path)
         assert_falls_back(model, warnings, "ImportError", "_library.abi3.so")
 
-    def test_a_truncated_build(self, compiled_kernel, model, warnings, tmp_path):
-        shutil.copytree(compiled_kernel, tmp_path / "kernel")
-        (library,) = (tmp_path / "kernel").glob("build/*/*.so")
+    @pytest.mark.parametrize("digest", [True, False])
+    @pytest.mark.parametrize("source", ["local", "replaced", "hub"])
+    def test_a_truncated_build(
+        self, source, digest, compiled_kernel, cached_repository, model, warnings, tmp_path, monkeypatch
+    ):
+        """Its import would end the process."""
+        monkeypatch.setattr(kernels.load, "get_kernel_with_resolver", None)
+        folder = shutil.copytree(compiled_kernel, tmp_path / "kernel")
+        (library,) = folder.glob("build/*/*.so")
         library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
-        configure_kernel(path=tmp_path / "kernel")
-        assert_falls_back(model, warnings, f"{library.name} is damaged", "build_local.py")
+        if not digest:
+            metadata = json.loads(library.with_name("metadata.json").read_text())
+            library.with_name("metadata.json").write_text(json.dumps({**metadata, "digest": None}))
+        if source == "local":
+            configure_kernel(path=folder)
+        elif source == "replaced":
+            monkeypatch.setenv("LOCAL_KERNELS", f"someone/kernel={folder}")
+            configure_kernel(repo_id="someone/kernel")
+        else:
+            configure_kernel(repo_id=cached_repository(folder), trust_remote_code=True)
+        assert_falls_back(model, warnings, f"{library.name} is damaged", "shorter" if not digest else "changed after")
+
+    def test_a_damaged_variant_for_another_platform_does_no_harm(self, model, warnings, tmp_path):
+        folder = write_kernel(tmp_path)
+        other = folder / "build" / "torch-stable-abi211-cu130-s390x-linux"
+        shutil.copytree(folder / "build" / "torch-universal", other)
+        metadata = json.loads((other / "metadata.json").read_text())
+        metadata["digest"] = {"algorithm": "sha256", "files": {"layers.py": "damaged"}}
+        (other / "metadata.json").write_text(json.dumps(metadata))
+        configure_kernel(path=folder)
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and warnings() == []
+        configure_kernel(path=other)  # the same build, named itself
+        model.set_use_kernels(True)
+        assert f"{other / 'layers.py'} is damaged" in model.kernel_status().reason
+
+    def test_a_radius_that_the_kernel_does_not_serve(self, warnings, tmp_path):
+        signature = "radius: int) -> torch.Tensor:\n"
+        limit = "        assert radius <= 6, f'at most 6, got {radius}'\n"
+        configure_kernel(path=write_kernel(tmp_path, edited((signature, signature + limit))))
+        config = tiny_config()
+        config.vision_config.image_size = config.spatial_vision_config.image_size = 70
+        config.fusion_config.radius = 7
+        served, other = tiny_model(), AureaForConditionalGeneration(config).eval()
+        for model in (served, other, other, served):
+            model.set_use_kernels(True)
+        assert served.kernel_status().implementation == "kernel" and len(warnings()) == 1
+        status = other.kernel_status()
+        assert status.implementation == "pytorch" and status.reason in warnings()[0]
+        assert "at radius 7: AssertionError: at most 6, got 7" in status.reason
+        input_ids = torch.tensor([[5, config.image_token_id, 5]] * 2)
+        assert other(input_ids=input_ids, pixel_values=random_pixels(2, config)).logits.isfinite().all()
+
+    @pytest.mark.parametrize("device_type", ["mps", "xpu"])
+    def test_a_type_of_device_without_a_kernel(self, device_type, fake_kernel, model, warnings, monkeypatch):
+        configure_kernel(path=fake_kernel)
+        monkeypatch.setattr(type(model), "device", property(lambda self: torch.device(device_type)))
+        assert_falls_back(model, warnings, f"no kernel is registered for {device_type}")
 
     def test_metadata_that_cannot_be_read(self, model, warnings, tmp_path):
         (write_kernel(tmp_path) / "build" / "torch-universal" / "metadata.json").write_text("{")
         configure_kernel(path=tmp_path)
-        assert_falls_back(model, warnings, "JSONDecodeError")
+        assert_falls_back(model, warnings, "Cannot parse metadata", "metadata.json")
 
     def test_another_package(self, model, warnings, tmp_path):
         configure_kernel(path=write_kernel(tmp_path, init="from torch import relu"))
@@ -433,6 +530,24 @@ class TestFailures:
         layers, pattern = BROKEN_LAYERS[case]
         configure_kernel(path=write_kernel(tmp_path, layers))
         assert_falls_back(model, warnings, pattern, str(tmp_path))
+
+    def test_fake_tensors_fail_no_check(self, fake_kernel, model, warnings):
+        configure_kernel(path=fake_kernel)
+        with FakeTensorMode():
+            model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and warnings() == []
+
+    def test_each_device_is_checked_once(self, fake_kernel, model, monkeypatch):
+        checked = []
+        monkeypatch.setattr(hub_kernels_aurea, "_check", lambda layers, *asked: checked.append(asked))
+        monkeypatch.setattr("kernels.layer.repos._find_capability", lambda: 90)
+        configure_kernel(path=fake_kernel)
+        for index in (0, 1, 1):
+            device = torch.device("cuda", index)
+            monkeypatch.setattr(type(model), "device", property(lambda self, device=device: device))
+            model.set_use_kernels(True)
+            assert model.kernel_status().implementation == "kernel"
+        assert checked == [(torch.device("cuda", 0), 1), (torch.device("cuda", 1), 1)]
 
     def test_offline(self, model, warnings, monkeypatch):
         monkeypatch.setenv("AUREA_KERNEL_REPO", "someone/spatial-range-attention")
@@ -509,6 +624,11 @@ class TestHub:
         model.set_use_kernels(True)
         assert Path(model.kernel_status().source).is_relative_to(fake_kernel)
         assert requests == [] and warnings() == []
+
+    def test_a_downloaded_repository_is_loaded(self, cached_repository, model, warnings, tmp_path):
+        configure_kernel(repo_id=cached_repository(write_kernel(tmp_path / "built")), trust_remote_code=True)
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel" and warnings() == []
 
     def test_both_fail(self, hub, model, warnings, tmp_path):
         hub(lambda request: httpx.Response(200, json={"name": "someone", "fullname": "Someone"}))

@@ -324,3 +324,19 @@ SIGMA = torch.tensor(1.0)
 def test_mistakes_are_named(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda map_, window: spatial_range_weights(map_, torch.ones((), device="meta"), 1), "`sigma` is on meta"),
+        (lambda map_, window: spatial_range_weights(map_, 1.0, 1), "`sigma` must be a tensor, got 1.0"),
+        (lambda map_, window: spatial_range_weights(map_, torch.tensor(1j), 1), "`sigma` must be a real number"),
+        (lambda map_, window: spatial_range_weights(None, torch.ones(()), 1), "`guidance` must be a tensor, got None"),
+        (lambda map_, window: neighborhood_aggregate(map_, window.to("meta"), 1), "`weights` is on meta"),
+        (lambda map_, window: neighborhood_aggregate(map_, window.numpy(), 1), "`weights` must be a tensor"),
+    ],
+)
+def test_what_is_no_tensor_or_elsewhere_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(1, 4, 4, 2), torch.ones(1, 4, 4, 9))

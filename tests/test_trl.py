@@ -147,7 +147,7 @@ def test_sft_takes_our_collator(model, processor, llava_file, tmp_path):
 # preferences
 
 
-@pytest.mark.parametrize("kind", ["full model", "adapter"])
+@pytest.mark.parametrize("kind", ["full model", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_dpo_prefers_the_chosen_answers_of_mixed_rows(model, processor, tmp_path, kind):
     arguments = settings(tmp_path, per_device_train_batch_size=6, learning_rate=5e-3, max_length=None)
     calls = ForwardCalls(model)
@@ -189,11 +189,18 @@ def length_of_the_text(completions, **_) -> list[float]:
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"per_device_train_batch_size": 6},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_iterations": 2},
-        {"per_device_train_batch_size": 6, "beta": 0.1, "peft_config": ADAPTER},
+        pytest.param({"per_device_train_batch_size": 6}, id="one batch"),
+        pytest.param(
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_iterations": 2},
+            id="micro-batches used twice",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"per_device_train_batch_size": 6, "beta": 0.1, "peft_config": ADAPTER},
+            id="adapter with a penalty",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["one batch", "micro-batches used twice", "adapter with a penalty"],
 )
 def test_grpo_gives_every_row_its_pictures(model, processor, tmp_path, kwargs):
     calls = ForwardCalls(model)

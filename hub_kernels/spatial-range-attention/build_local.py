@@ -97,14 +97,20 @@ def find_torch(minimum: str):
     return torch
 
 
-def find_cxx() -> str:
-    wanted = os.environ.get("CXX", "g++")
-    if not (path := shutil.which(wanted)):
+def find_cxx() -> list[str]:
+    """The command of the compiler: CXX may hold a launcher or options too."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not (path := shutil.which(command[0])):
         raise BuildError(
-            f"The C++ compiler `{wanted}` was not found: install it (Debian, Ubuntu: apt-get install g++) or name "
+            f"The C++ compiler `{command[0]}` was not found: install it (Debian, Ubuntu: apt-get install g++) or name "
             "yours in the environment variable CXX"
         )
-    return path
+    return [path, *command[1:]]
+
+
+def host_compiler(cxx: list[str]) -> str:
+    """The one program of CXX that nvcc may call: behind a launcher, the compiler itself."""
+    return next((word for word in reversed(cxx) if not word.startswith("-")), cxx[0])
 
 
 def find_nvcc() -> Path:
@@ -177,7 +183,7 @@ def resource_report(log: str) -> list[str]:
 
 
 def compile_library(
-    backend: str, config: dict, torch, cxx: str, nvcc: Path | None, identifier: str, folder: Path
+    backend: str, config: dict, torch, cxx: list[str], nvcc: Path | None, identifier: str, folder: Path
 ) -> Path:
     """Compile the sources side by side, as many at a time as there are cores, and link them."""
     python_include = Path(sysconfig.get_paths()["include"])
@@ -204,16 +210,25 @@ def compile_library(
         objects.append(folder / f"{source.stem}.o")
         if source.suffix == ".cu":
             component = config["kernel"][f"{config['python_name']}_cuda"]
-            device = [nvcc, "-ccbin", cxx, "-Xcompiler", ",".join(host), "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+            device = [
+                nvcc,
+                "-ccbin",
+                host_compiler(cxx),
+                "-Xcompiler",
+                ",".join(host),
+                "--expt-relaxed-constexpr",
+                "-Xptxas",
+                "-v",
+            ]
             device += [f"--threads={jobs}", *gencode_flags(component["cuda-capabilities"])]
             commands.insert(0, [*device, *common, "-c", source, "-o", objects[-1]])  # the slowest first
         else:
-            commands.append([cxx, *host, *common, "-c", source, "-o", objects[-1]])
+            commands.append([*cxx, *host, *common, "-c", source, "-o", objects[-1]])
     with ThreadPoolExecutor(jobs) as pool:
         logs = list(pool.map(run, commands))
 
     library = folder / f"{identifier}.abi3.so"
-    link = [nvcc, "-ccbin", cxx, "-cudart=shared"] if nvcc else [cxx]
+    link = [nvcc, "-ccbin", host_compiler(cxx), "-cudart=shared"] if nvcc else cxx
     # All of torch's operators are reached through libtorch: it stays linked though no symbol is its own.
     needed = ["--no-as-needed", "-ltorch", "-ltorch_cpu", "--as-needed"]
     link += ["-shared", *objects, f"-L{torch_root / 'lib'}"] + [word for flag in needed for word in ("-Xlinker", flag)]
@@ -251,9 +266,7 @@ def write_package(folder: Path, backend: str, config: dict, identifier: str, lib
     (folder / package / "__init__.py").write_text(COMPATIBILITY_PY.format(id=identifier))
 
     hashes = {
-        path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): hash_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
     general = config["general"]
     metadata = {"id": identifier, "name": general["name"], "version": general["version"]}
@@ -286,7 +299,7 @@ def build(backend: str, out: Path, force: bool) -> Path:
 
     compute = "cu" + cuda_release(nvcc, torch) if nvcc else "cpu"
     variant = f"torch-stable-abi{abi.replace('.', '')}-{compute}-{platform.machine()}-linux"
-    if not force and (out / variant / f"{identifier}.abi3.so").is_file():
+    if not force and is_intact(out / variant, identifier):
         print("up to date, nothing compiled; --force compiles all the same")
         return out / variant
     out.mkdir(parents=True, exist_ok=True)
@@ -300,6 +313,20 @@ def build(backend: str, out: Path, force: bool) -> Path:
             (out / variant).rename(Path(staging, "previous"))
         folder.rename(out / variant)
     return out / variant
+
+
+def hash_of(path: Path) -> str:
+    return base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+
+
+def is_intact(folder: Path, identifier: str) -> bool:
+    """Whether the folder holds this build, and every file of it as it was written."""
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        hashes = metadata["digest"]["files"]
+        return metadata["id"] == identifier and all(hash_of(folder / name) == value for name, value in hashes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def check_import(folder: Path, identifier: str) -> None:

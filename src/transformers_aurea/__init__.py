@@ -1,6 +1,9 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Aurea for Hugging Face Transformers. Importing the package registers its classes with the Auto classes."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -14,9 +17,54 @@ from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
 from .hub_kernels_aurea import KernelStatus, configure_kernel, kernel_status
 from .image_processing_aurea import AureaImageProcessor
+from .losses_aurea import feature_consistency_loss, feature_diversity, feature_diversity_loss, linear_cka
 from .modeling_aurea import AureaForConditionalGeneration, AureaModel, AureaPreTrainedModel
 from .processing_aurea import AureaProcessor
 from .spatial_range_attention_aurea import neighborhood_aggregate, spatial_range_weights
+
+
+if TYPE_CHECKING:
+    from .data_aurea import AureaDataCollator, check_dataset, load_llava_dataset, to_chat_rows
+    from .training_aurea import (
+        GROUP_MODULES,
+        LORA_TARGETS,
+        PARAMETER_GROUPS,
+        STAGES,
+        AuxiliaryLossLogger,
+        GroupGradientNorms,
+        SpatialRangeEntropy,
+        TrainableReport,
+        lora_targets,
+        modules_not_to_quantize,
+        parameter_groups,
+        set_trainable,
+    )
+
+# Imported when they are asked for: `Trainer` and what it brings take seconds.
+_TRAINING = {
+    "data_aurea": ("AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_rows"),
+    "training_aurea": (
+        "GROUP_MODULES",
+        "LORA_TARGETS",
+        "PARAMETER_GROUPS",
+        "STAGES",
+        "AuxiliaryLossLogger",
+        "GroupGradientNorms",
+        "SpatialRangeEntropy",
+        "TrainableReport",
+        "lora_targets",
+        "modules_not_to_quantize",
+        "parameter_groups",
+        "set_trainable",
+    ),
+}
+
+
+def __getattr__(name: str):
+    for module, names in _TRAINING.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 AutoConfig.register("aurea", AureaConfig)
@@ -36,19 +84,39 @@ AureaProcessor.register_for_auto_class()
 __version__ = "0.1.0"
 
 __all__ = [
+    "GROUP_MODULES",
+    "LORA_TARGETS",
     "NEUTRAL_SAMPLING",
+    "PARAMETER_GROUPS",
+    "STAGES",
     "AureaConfig",
+    "AureaDataCollator",
     "AureaForConditionalGeneration",
     "AureaFusionConfig",
     "AureaImageProcessor",
     "AureaModel",
     "AureaPreTrainedModel",
     "AureaProcessor",
+    "AuxiliaryLossLogger",
     "DynamicTopKLogitsWarper",
+    "GroupGradientNorms",
     "KernelStatus",
+    "SpatialRangeEntropy",
+    "TrainableReport",
+    "check_dataset",
     "configure_kernel",
+    "feature_consistency_loss",
+    "feature_diversity",
+    "feature_diversity_loss",
     "kernel_status",
+    "linear_cka",
+    "load_llava_dataset",
+    "lora_targets",
+    "modules_not_to_quantize",
     "neighborhood_aggregate",
+    "parameter_groups",
     "published_sampling",
+    "set_trainable",
     "spatial_range_weights",
+    "to_chat_rows",
 ]

@@ -46,7 +46,7 @@ OTHER_FILES = (
 )
 
 # The key maps, published name → ours. Where ours are several, the published rows are theirs one after the other. What
-# was a 1×1 convolution is a linear layer here: the same numbers in another shape.
+# was a 1×1 convolution is a linear layer here, and a scalar a vector of one: the same numbers in another shape.
 DINOV2_KEYS = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -118,8 +118,8 @@ def published_tensors(config: AureaConfig) -> list[PublishedTensor]:
     tensors = []
     for file, name, targets, is_convolution in _published_names(config, shapes):
         targets = (targets,) if isinstance(targets, str) else targets
-        rows, *rest = shapes[targets[0]] or (None,)
-        shape = () if rows is None else (rows * len(targets), *rest)
+        rows, *rest = shapes[targets[0]]
+        shape = () if name.endswith(".sigma_spatial") else (rows * len(targets), *rest)
         tensors.append(PublishedTensor(file, name, (*shape, 1, 1) if is_convolution else shape, targets))
     return tensors
 

@@ -53,13 +53,13 @@ class SpatialRangeAttention(GradientCheckpointingLayer):
         self.range_proj = PointwiseProjection(dim, dim, nn.SiLU())
         self.fixup_proj = PointwiseProjection(num_neighbors + dim, num_neighbors, nn.SiLU())
         self.output_proj = PointwiseProjection(dim, dim, nn.Identity())
-        self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
+        self.sigma_spatial = nn.Parameter(torch.ones(1))  # FSDP2 shards no 0-dimensional parameter
         self.spatial_range_weights = SpatialRangeWeights()
         self.neighborhood_aggregate = NeighborhoodAggregate()
 
     def forward(self, source: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """Two maps of `(batch, height, width, dim)` → one; ValueError if the grid is not larger than the radius."""
-        weights = self.spatial_range_weights(self.range_proj(guidance), self.sigma_spatial, self.radius)
+        weights = self.spatial_range_weights(self.range_proj(guidance), self.sigma_spatial.squeeze(0), self.radius)
         weights = weights.to(guidance.dtype)  # (B, H, W, K)
         fixup = self.fixup_proj(torch.cat([weights, guidance], dim=-1))
         weights = weights + weights * fixup.sigmoid()

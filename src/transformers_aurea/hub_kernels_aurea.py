@@ -9,15 +9,18 @@ inference. It is looked for where the user says, and nowhere else:
        given) and, for a publisher whom the Hub does not list as trusted, AUREA_KERNEL_TRUST_REMOTE_CODE=1;
     3. PyTorch.
 
-With neither named no network is touched. A kernel that is found must first compute what PyTorch does on a small map of
-the model's device, forward and backward. Whatever fails ends in one warning that says what to do, is not tried again,
-and leaves the PyTorch layers in place. `kernel_status(model)` tells what is in use, and why.
+With neither named no network is touched. A kernel that is found must be undamaged, and must first compute what PyTorch
+does on a small map, on the model's device and at its radius, forward and backward. Whatever fails ends in one warning
+that says what to do, is not tried again, and leaves the PyTorch layers in place. `kernel_status(model)` tells what is
+in use, and why.
 """
 
 import base64
 import hashlib
 import json
+import math
 import os
+import struct
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers.utils import is_kernels_available, logging
+from transformers.utils.hub import is_offline_mode
 
 from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWeights
 
@@ -39,6 +43,7 @@ if is_kernels_available():
         get_kernel,
         get_loaded_kernels,
         get_local_kernel,
+        install_kernel,
         kernelize,
         register_kernel_mapping,
         use_kernel_mapping,
@@ -56,22 +61,32 @@ LAYERS = {"SpatialRangeWeights": SpatialRangeWeights, "NeighborhoodAggregate": N
 DEVICE_TYPES = ("cpu", "cuda", "rocm")
 
 
-def _verify(folder: Path) -> None:
+def _is_truncated(library: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its table of sections, which linkers write last."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return False
+    (start,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size < start + size * count
+
+
+def _verify(variant: Path) -> None:
     """Raises if a file is not the one that was built: loading a truncated library would end the process."""
-    for pattern in ("metadata.json", "*/metadata.json", "build/*/metadata.json"):
-        for metadata in sorted(folder.glob(pattern)):
-            digest = json.loads(metadata.read_text()).get("digest", {})
-            files = digest.get("files", {}) if digest.get("algorithm") == "sha256" else {}
-            for name, expected in files.items():
-                content = (metadata.parent / name).read_bytes()
-                if base64.b64encode(hashlib.sha256(content).digest()).decode() != expected:
-                    raise ValueError(f"{name} is damaged or was changed after the build")
+    digest = json.loads((variant / "metadata.json").read_text()).get("digest") or {}
+    files = digest.get("files", {}) if digest.get("algorithm") == "sha256" else {}
+    for name, expected in files.items():
+        if base64.b64encode(hashlib.sha256((variant / name).read_bytes()).digest()).decode() != expected:
+            raise ValueError(f"{variant / name} is damaged or was changed after the build")
+    for library in variant.rglob("*.so"):  # a build need not have digests
+        if _is_truncated(library):
+            raise ValueError(f"{library} is damaged: it is shorter than its header says")
 
 
 class LocalBuild(NamedTuple):
     path: str
 
-    advice = "Build the kernel for this machine (`python build_local.py cpu` or `cuda`) and name its folder."
+    advice = "If it is missing, damaged or of another machine, build it (`python build_local.py cpu` or `cuda`)."
 
     def __str__(self) -> str:
         return f"The local build {self.path}"
@@ -80,8 +95,11 @@ class LocalBuild(NamedTuple):
         path = Path(self.path).expanduser().resolve()
         if not path.is_dir():
             raise FileNotFoundError("there is no such folder")
-        _verify(path)
-        return get_local_kernel(path)
+        from kernels.resolver import resolve_local_kernel  # not public: if it is gone, this source fails
+
+        variant = resolve_local_kernel(path, backend=None).variant_path
+        _verify(variant)
+        return get_local_kernel(variant)
 
 
 class HubRepository(NamedTuple):
@@ -90,15 +108,20 @@ class HubRepository(NamedTuple):
     trust_remote_code: bool
 
     advice = (
-        "Check the repository's name, its revision and the network. If you trust a publisher whom the Hub does not "
-        "list as trusted, set AUREA_KERNEL_TRUST_REMOTE_CODE=1."
+        "Check the repository's name, its revision and the network, and delete a damaged download. If you trust a "
+        "publisher whom the Hub does not list as trusted, set AUREA_KERNEL_TRUST_REMOTE_CODE=1."
     )
 
     def __str__(self) -> str:
         return f"The hub repository {self.repo_id}@{self.revision}"
 
     def open(self) -> ModuleType:
-        return get_kernel(self.repo_id, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        replaced = dict(entry.partition("=")[::2] for entry in os.environ.get("LOCAL_KERNELS", "").split(":"))
+        if self.repo_id in replaced:  # by a folder, in `kernels` itself
+            return LocalBuild(replaced[self.repo_id]).open()
+        settings = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        _verify(install_kernel(self.repo_id, local_files_only=is_offline_mode(), **settings))
+        return get_kernel(self.repo_id, **settings)
 
 
 def _named_sources(path=None, repo_id=None, revision=None, trust_remote_code=None) -> tuple:
@@ -116,13 +139,16 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _results(layers: dict[str, nn.Module], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def _results(
+    layers: dict[str, nn.Module], device: torch.device, dtype: torch.dtype, radius: int
+) -> list[torch.Tensor]:
     """Outputs and gradients of both layers on a small map of fixed values."""
-    waves = torch.arange(320, dtype=torch.float32, device=device).sin().view(2, 1, 4, 5, 8).to(dtype)
+    shape = (2, 1, radius + 3, radius + 4, 8)
+    waves = torch.arange(math.prod(shape), dtype=torch.float32, device=device).sin().view(shape).to(dtype)
     guidance, source = (wave.clone().requires_grad_() for wave in waves)
     sigma = torch.tensor(0.7, device=device, requires_grad=True)
-    weights = layers["SpatialRangeWeights"](guidance, sigma, 1)
-    sums = layers["NeighborhoodAggregate"](source, weights, 1)
+    weights = layers["SpatialRangeWeights"](guidance, sigma, radius)
+    sums = layers["NeighborhoodAggregate"](source, weights, radius)
     return [weights, sums, *torch.autograd.grad(sums.float().square().sum(), (guidance, sigma, source))]
 
 
@@ -135,20 +161,22 @@ class _Loaded(NamedTuple):
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _check(layers: dict[str, type[nn.Module]], device_type: str) -> None:
+def _check(layers: dict[str, type[nn.Module]], device: torch.device, radius: int) -> None:
     """Raises unless `kernels` accepts the layers in place of ours, for training too, and they compute the same."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # not public: if it is gone, the check fails
+
+    device_type = _device_type(device)
     mapping = {name: {device_type: _Loaded(layer)} for name, layer in layers.items()}
     with use_kernel_mapping(mapping, inherit_mapping=False):
         modules = {
             name: kernelize(layer(), mode=Mode.TRAINING, device=device_type, use_fallback=False)
             for name, layer in LAYERS.items()
         }
-    device = torch.device("cuda" if device_type == "rocm" else device_type)
-    with torch.autocast(device.type, enabled=False):
+    with unset_fake_temporarily(), torch.autocast(device.type, enabled=False):
         for dtype in (torch.float32, torch.bfloat16):
-            expected = _results({name: layer() for name, layer in LAYERS.items()}, device, dtype)
+            expected = _results({name: layer() for name, layer in LAYERS.items()}, device, dtype, radius)
             # A broken build is looked for, not rounding: TF32 may be in use.
-            torch.testing.assert_close(_results(modules, device, dtype), expected, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(_results(modules, device, dtype, radius), expected, rtol=2e-2, atol=2e-2)
 
 
 @cache
@@ -166,20 +194,20 @@ def _warn(message: str) -> None:
 
 
 @cache
-def _find_layers(sources: tuple, device_type: str) -> tuple[dict[str, type[nn.Module]], str]:
-    """The layers of the first source that has some which work on this device, and what failed before."""
+def _find_layers(sources: tuple, device: torch.device, radius: int) -> tuple[dict[str, type[nn.Module]], str]:
+    """The layers of the first source that has some which work on this device and at this radius, and what failed."""
     failures = []
     for source in sources:
         kernel, reason = _open(source)
         if kernel is not None:
             try:
                 layers = {name: getattr(kernel.layers, name) for name in LAYERS}
-                _check(layers, device_type)
+                _check(layers, device, radius)
                 if failures:
                     _warn(f"Aurea's kernel comes from the second source named. {source} works. {' '.join(failures)}")
                 return layers, " ".join(failures)
             except Exception as error:
-                reason = f"it does not work on {device_type}: {_describe(error)}"
+                reason = f"it does not work on {device} at radius {radius}: {_describe(error)}"
         failures.append(f"{source} failed: {reason.rstrip('.')}. {source.advice}")
     if not sources:
         failures.append(
@@ -203,9 +231,12 @@ class AureaKernelRepository:
         self.failure = ""
 
     def load(self) -> type[nn.Module]:
+        return self.load_for(torch.device("cuda" if self.device_type == "rocm" else self.device_type), radius=1)
+
+    def load_for(self, device: torch.device, radius: int) -> type[nn.Module]:
         """Raises FileNotFoundError, the one error for which transformers keeps the PyTorch layer."""
         sources = _named_sources() if self.sources is None else self.sources
-        layers, self.failure = _find_layers(sources, self.device_type)
+        layers, self.failure = _find_layers(sources, device, radius)
         if not layers:
             raise FileNotFoundError(self.failure)
         return layers[self.layer_name]
@@ -215,6 +246,17 @@ class AureaKernelRepository:
 
     def __str__(self) -> str:
         return f"Aurea's kernel (layer `{self.layer_name}`, {self.device_type})"
+
+
+class _Asked(NamedTuple):
+    """An `AureaKernelRepository` for one device and radius. `kernels` asks it once, and knows it by its hash."""
+
+    repository: AureaKernelRepository
+    device: torch.device
+    radius: int
+
+    def load(self) -> type[nn.Module]:
+        return self.repository.load_for(self.device, self.radius)
 
 
 def _register(sources: tuple | None = None, replace: bool = True) -> None:
@@ -275,9 +317,33 @@ def _layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in LAYERS]
 
 
+def _registered(layer: nn.Module, device: torch.device) -> dict:
+    """The repositories of the kernel for a layer, by mode."""
+    registered = _KERNEL_MAPPING.get().get(type(layer).__name__, {}).get(_device_type(device))
+    return (registered and registered.repos) or {}
+
+
+def _put_in_place(layer: nn.Module, device: torch.device, radius: int, mode) -> None:
+    """Gives a layer the forward of the kernel registered for it, or its own, and in `why_pytorch` the reason."""
+    repositories = _registered(layer, device)
+    asked = {
+        key: _Asked(repository, device, radius) if hasattr(repository, "load_for") else repository
+        for key, repository in repositories.items()
+    }
+    device_type = _device_type(device)
+    with use_kernel_mapping({type(layer).__name__: {device_type: asked}} if asked else {}):
+        kernelize(layer, mode=mode, device=Device(type=device_type), use_fallback=KernelizeFallback.ALL)
+    layer.why_pytorch = "".join(getattr(repository, "failure", "") for repository in repositories.values())
+    if not repositories:
+        layer.why_pytorch = f"no kernel is registered for {device_type}"
+        if device_type != "meta":
+            _warn(f"Aurea's kernel is not used, PyTorch computes instead. The reason: {layer.why_pytorch}.")
+
+
 def _source_in_use(layer: nn.Module) -> str | None:
     """Where the layer's forward comes from, None if it is the PyTorch one."""
-    forward = getattr(layer.forward, "__func__", layer.forward)
+    forward = vars(layer).get("_old_forward", layer.forward)  # accelerate's hooks wrap it
+    forward = getattr(forward, "__func__", forward)
     if forward is type(layer).forward:
         return None
     for kernel in get_loaded_kernels() if is_kernels_available() else ():
@@ -297,12 +363,13 @@ def _why_pytorch(layer: nn.Module, device: torch.device) -> str:
         return "no kernel was asked for: `from_pretrained(..., use_kernels=True)` or `set_use_kernels(True)`"
     if os.environ.get("DISABLE_KERNEL_MAPPING", "0") != "0":
         return "the environment variable DISABLE_KERNEL_MAPPING switches kernels off"
-    device_type = _device_type(device)
-    registered = _KERNEL_MAPPING.get().get(type(layer).__name__, {}).get(device_type)
-    if registered is None:
-        return f"no kernel is registered for {device_type}"
-    failures = [getattr(repository, "failure", "") for repository in (registered.repos or {}).values()]
-    return "".join(failures) or "the repository registered for it gave no layer"
+    if vars(layer).get("why_pytorch"):
+        return layer.why_pytorch
+    repositories = _registered(layer, device)
+    if not repositories:
+        return f"no kernel is registered for {_device_type(device)}"
+    failures = [getattr(repository, "failure", "") for repository in repositories.values()]
+    return "".join(failures) or "PyTorch's layer was put back, as in a pickle: call `set_use_kernels(True)` again"
 
 
 def kernel_status(model: nn.Module) -> KernelStatus:
@@ -336,16 +403,17 @@ class HubKernelsMixin:
         transformers also maps other layers, on a GPU the decoder's norms, to repositories that the user did not name.
         They are asked only for a model that was given a `kernel_config`, which goes the way of transformers.
         """
-        if not use_kernels:
-            for layer in _layers_of(self):
-                if isinstance(vars(layer).get("forward"), MethodType):
-                    del layer.forward
+        for layer in _layers_of(self):
+            vars(layer).pop("why_pytorch", None)
+            if not use_kernels and isinstance(vars(layer).get("forward"), MethodType):
+                del layer.forward
+            if not use_kernels and "_old_forward" in vars(layer):  # what a hook of accelerate calls
+                layer._old_forward = MethodType(type(layer).forward, layer)
         if not use_kernels or kernel_config or self.kernel_config or not is_kernels_available():
             return super().set_use_kernels(use_kernels, kernel_config, mode)
         mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
-        device = Device(type=_device_type(self.device))
         for layer in _layers_of(self):
-            kernelize(layer, mode=mode, device=device, use_fallback=KernelizeFallback.ALL)
+            _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
         self._use_kernels = True
 
     def _apply(self, *args, **kwargs):
@@ -355,6 +423,12 @@ class HubKernelsMixin:
         if self.use_kernels and self.device.type != device_type:
             self.set_use_kernels(True)
         return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # A pickle has the PyTorch layers, a copy has what the model had.
+        if self.use_kernels and is_kernels_available() and self.kernel_status().implementation == "pytorch":
+            self.set_use_kernels(True)
 
 
 if is_kernels_available():

@@ -50,6 +50,13 @@ from .losses_aurea import feature_consistency_loss, feature_diversity_loss, shar
 from .parts_aurea import Part, model_from_parts
 
 
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    FSDP_CLASSES = (FSDPModule, FullyShardedDataParallel)
+else:
+    FSDP_CLASSES = ()
+
 logger = logging.get_logger(__name__)
 
 
@@ -426,6 +433,13 @@ def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torc
     return pad_sequence(rows, batch_first=True), torch.tensor(counts, device=image_features.device)
 
 
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 gathers weights for each forward pass, in which all processes take part."""
+    if any(isinstance(module, FSDP_CLASSES) for module in model.modules()):
+        return True
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     config: AureaConfig
     config_class = AureaConfig
@@ -462,6 +476,24 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SpatialRangeAttention):
             init.ones_(module.sigma_spatial)
+
+    def post_init(self):
+        super().post_init()
+        # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    def save_pretrained(self, *args, **kwargs):
+        # Under the model's own names, not those that an older transformers had: by these alone `Trainer` resumes, and
+        # would leave all other weights as they were.
+        kwargs.setdefault("save_original_format", False)
+        # `fully_shard` puts a class of its own before the model's, and that would be saved as the code to load.
+        full_class = type(self)
+        if isinstance(self, FSDP_CLASSES):
+            self.__class__ = full_class.__mro__[2]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = full_class
 
     def initialize_weights(self):
         # The blocks first: they stand inside the language model, whose own rules would be applied to them (Gemma
@@ -511,6 +543,8 @@ class AureaModel(AureaPreTrainedModel):
             **dict.fromkeys(("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj"), "colwise"),
             **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "colwise"),
             **dict.fromkeys(("cross_attn.o_proj", "mlp.down_proj"), "rowwise"),
+            # Each process has some of the heads, and with them a part of these norms' gradients.
+            **dict.fromkeys(("cross_attn.q_norm", "cross_attn.k_norm"), "replicated_with_grad_allreduce"),
         }
         prefix = f"language_model.{_decoder_layers(self.language_model)[0]}.*"
         blocks = ("cross_attention_block", "closing_cross_attention_block")
@@ -668,14 +702,15 @@ class AureaModel(AureaPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values)
             image_features, auxiliary_losses = image_outputs.pooler_output, image_outputs.auxiliary_losses
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
-        elif cross_attention_states is None and past_key_values is None and self._trains_image_branch():
+        elif cross_attention_states is None and past_key_values is None and self._needs_image_branch():
             # A step of text alone. Its rows look at nothing, and every parameter that trains gets a gradient, of zero:
-            # without one, DistributedDataParallel, FSDP and ZeRO-3 would wait for it, and if only these parameters
-            # train, the loss would have no gradient at all.
+            # without one, DistributedDataParallel would wait for it, and if only these parameters train, the loss
+            # would have no gradient at all.
             canvas = (max(sides) for sides in zip(*self.config.view_sizes))
             blank = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
-            states = self.get_image_features(blank).pooler_output
-            cross_attention_states = states.expand(len(image_tokens), -1, -1)  # (batch, N, C)
+            image_outputs = self.get_image_features(blank)
+            auxiliary_losses = image_outputs.auxiliary_losses
+            cross_attention_states = image_outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
             num_images = image_tokens.new_zeros(len(image_tokens), dtype=torch.long)
 
         use_cache = use_cache if use_cache is not None else getattr(self.config.text_config, "use_cache", False)
@@ -706,8 +741,11 @@ class AureaModel(AureaPreTrainedModel):
             auxiliary_losses=auxiliary_losses,
         )
 
-    def _trains_image_branch(self) -> bool:
-        """Whether a gradient is wanted of anything that only pictures reach."""
+    def _needs_image_branch(self) -> bool:
+        """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
+        are sharded, and processes whose batch has pictures wait for all others to take part in gathering them."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and _is_sharded(self):
+            return True
         if not self.training or not torch.is_grad_enabled():
             return False
         return any(
@@ -897,6 +935,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             )
         auxiliary_losses = outputs.auxiliary_losses
         if loss is not None and auxiliary_losses:
+            # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
             weighted = sum(getattr(self.config, f"{name}_coef") * values for name, values in auxiliary_losses.items())
             image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds)
             share = share_of_batch(weighted, image_tokens, labels, kwargs.get("num_items_in_batch"))
@@ -909,8 +948,9 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=outputs.image_hidden_states,
-            auxiliary_losses=auxiliary_losses
-            and {name: losses.detach().mean() for name, losses in auxiliary_losses.items()},
+            auxiliary_losses={name: losses.detach().mean() for name, losses in auxiliary_losses.items()}
+            if auxiliary_losses and outputs.image_hidden_states is not None
+            else None,
         )
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:

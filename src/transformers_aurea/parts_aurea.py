@@ -170,7 +170,7 @@ def _state_dict(
     last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(last_of_block)}
     # The loader keeps in float32 what is given, not what it makes itself.
-    widths = {name: torch.ones(()) for name in places if name.endswith("sigma_spatial")}
+    widths = {name: torch.ones(1) for name in places if name.endswith("sigma_spatial")}
     return state_dict | zeros | widths
 
 

@@ -184,9 +184,17 @@ class _NeighborSum(torch.autograd.Function):
         return grad_keys, grad_weights, None
 
 
+def _check_tensor(value: torch.Tensor, name: str, device: torch.device | None = None) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {value!r:.100}.")
+    if device is not None and value.device != device:
+        raise ValueError(f"`{name}` is on {value.device}, but the features are on {device}. Move `{name}` there.")
+
+
 def _check(features: torch.Tensor, name: str, radius: int) -> None:
     if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
         raise ValueError(f"`radius` must be an integer of at least 1, got {radius!r}.")
+    _check_tensor(features, name)
     if features.ndim != 4:
         raise ValueError(f"`{name}` must have shape (batch, height, width, channels), got {tuple(features.shape)}.")
     if not features.is_floating_point():
@@ -221,12 +229,15 @@ def spatial_range_weights(guidance: torch.Tensor, sigma: torch.Tensor, radius: i
         Similarities, softmax and Gaussian are computed in that dtype. Gradients flow to `guidance` and `sigma`.
 
     Raises:
-        ValueError: if the guidance is not a 4-dimensional floating-point tensor, σ is not a scalar, the radius is not
-            a positive integer, or the grid is not larger than the radius.
+        ValueError: if the guidance is not a 4-dimensional floating-point tensor, σ is not a real scalar tensor on its
+            device, the radius is not a positive integer, or the grid is not larger than the radius.
     """
     _check(guidance, "guidance", radius)
+    _check_tensor(sigma, "sigma", guidance.device)
     if sigma.ndim != 0:
         raise ValueError(f"`sigma` must be a 0-dimensional tensor, got shape {tuple(sigma.shape)}.")
+    if sigma.is_complex() or sigma.dtype == torch.bool:
+        raise ValueError(f"`sigma` must be a real number, got {sigma.dtype}.")
     dtype = _compute_dtype(guidance)
     similarities = _NeighborDot.apply(guidance.to(dtype), None, radius) * guidance.shape[3] ** -0.5
     range_kernel = similarities.softmax(dim=-1)
@@ -250,10 +261,11 @@ def neighborhood_aggregate(source: torch.Tensor, weights: torch.Tensor, radius: 
         device's matrix products do, in float32. Gradients flow to `source` and `weights`.
 
     Raises:
-        ValueError: if the source is not a 4-dimensional floating-point tensor, the weights do not fit it, the radius
-            is not a positive integer, or the grid is not larger than the radius.
+        ValueError: if the source is not a 4-dimensional floating-point tensor, the weights do not fit it or are on
+            another device, the radius is not a positive integer, or the grid is not larger than the radius.
     """
     _check(source, "source", radius)
+    _check_tensor(weights, "weights", source.device)
     expected = (*source.shape[:3], (2 * radius + 1) ** 2)
     if weights.shape != expected:
         raise ValueError(

@@ -390,7 +390,7 @@ void softmax(S* values, int count, S scale) {
   S maximum = values[0];
   for (int i = 1; i < count; ++i) maximum = values[i] > maximum ? values[i] : maximum;
   Vector<S> sum = {};
-  for (int i = count; i % kLanes<S>; ++i) values[i] = maximum - S(1e4) / scale;
+  for (int i = count; i % kLanes<S>; ++i) values[i] = -S(__builtin_inf());
   for (int i = 0; i < count; i += kLanes<S>) {
     const Vector<S> value = exponential((load(values + i) - maximum) * scale);
     store(values + i, value);

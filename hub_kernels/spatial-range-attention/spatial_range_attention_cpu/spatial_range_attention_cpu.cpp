@@ -27,6 +27,7 @@
 #include "checks.h"
 #include "torch_binding.h"
 
+using spatial_range_attention::allocated;
 using torch::stable::Tensor;
 
 namespace {
@@ -148,7 +149,7 @@ struct Free {
 template <typename S>
 std::unique_ptr<S[], Free<S>> allocate(int64_t count) {
   void* const pointer = std::aligned_alloc(kAlignment, round_up(count * sizeof(S), kAlignment));
-  STD_TORCH_CHECK(pointer != nullptr, "spatial-range attention: could not allocate ", count * sizeof(S),
+  STD_TORCH_CHECK(pointer != nullptr, "Spatial-range attention is out of memory. It asked for ", count * sizeof(S),
                   " bytes of scratch memory.");
   return std::unique_ptr<S[], Free<S>>(static_cast<S*>(pointer));
 }
@@ -411,7 +412,7 @@ ScalarType arithmetic_type(const Tensor& features) {
 // A new map like another. Where it is large, the first touch of each of its pages would cost more than the sums that
 // go there: large pages, where the system has them, make these few.
 Tensor empty_map(const Tensor& features) {
-  Tensor map = torch::stable::empty_like(features);
+  Tensor map = allocated([&] { return torch::stable::empty_like(features); });
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t(2) << 20;
   const auto start = reinterpret_cast<uintptr_t>(map.data_ptr());
@@ -424,8 +425,10 @@ Tensor empty_map(const Tensor& features) {
 
 Tensor empty_window(const Tensor& features, int64_t radius, ScalarType dtype) {
   const int64_t extent = 2 * radius + 1;
-  return torch::stable::new_empty(features, {features.size(0), features.size(1), features.size(2), extent * extent},
-                                  dtype);
+  return allocated([&] {
+    return torch::stable::new_empty(
+        features, {features.size(0), features.size(1), features.size(2), extent * extent}, dtype);
+  });
 }
 
 // Weights come in the arithmetic's type or in that of the features.
@@ -504,7 +507,8 @@ std::tuple<Tensor, Tensor> neighborhood_aggregate_backward_cpu(const Tensor& gra
   const Tensor window = torch::stable::contiguous(weights);
   const Tensor output_grad = torch::stable::contiguous(grad);
   Tensor grad_source = needs_source ? empty_map(map) : torch::stable::new_empty(map, {0});
-  Tensor grad_weights = needs_weights ? torch::stable::empty_like(window) : torch::stable::new_empty(window, {0});
+  Tensor grad_weights = needs_weights ? allocated([&] { return torch::stable::empty_like(window); })
+                                      : torch::stable::new_empty(window, {0});
   dispatch(map, [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using S = decltype(arithmetic);

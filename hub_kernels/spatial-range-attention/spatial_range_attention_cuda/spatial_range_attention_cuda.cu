@@ -120,7 +120,9 @@ Tensor make_contiguous(const Tensor& tensor) {
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  return spatial_range_attention::allocated([&] {
+    return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  });
 }
 
 void check_cuda(const Tensor& tensor, const char* name) {
@@ -141,7 +143,8 @@ std::tuple<Tensor, Tensor> spatial_range_weights_cuda(const Tensor& guidance_, c
   const Map map = map_of(guidance_, radius);
   const ScalarType dtype = accumulator_of(guidance_);
   Tensor weights = empty(guidance_, {map.batch, map.height, map.width, map.neighbors()}, dtype);
-  Tensor range_kernel = torch::stable::empty_like(weights);
+  Tensor range_kernel =
+      spatial_range_attention::allocated([&] { return torch::stable::empty_like(weights); });
   if (map.batch == 0) return {weights, range_kernel};
 
   const Launcher launch(guidance_);

@@ -21,6 +21,7 @@ BACKEND = "cuda" if torch.version.cuda and torch.cuda.is_available() and HAS_NVC
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes or many gigabytes; run with `pytest -m slow`")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "kernels_ci: what kernel-builder runs after a build")
 
 
 @pytest.fixture(scope="session")

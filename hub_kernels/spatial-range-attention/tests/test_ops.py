@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+pytestmark = pytest.mark.kernels_ci
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 # batch, height, width, channels, radius
@@ -356,6 +358,14 @@ def test_large_similarities_do_not_overflow(kernel, device):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e6, torch.float32), (1e6, torch.bfloat16), (1e12, torch.float64)])
+def test_equal_neighbours_count_alike_however_large(kernel, device, value, dtype):
+    guidance = torch.full((1, 8, 8, 1), value, dtype=dtype, device=device)
+    sigma = torch.tensor(torch.inf, device=device)
+    weights = kernel.spatial_range_weights(guidance, sigma, 1)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 9))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_every_element_is_written(kernel, device, dtype):
     """With all new tensors filled with NaN, nothing of it shows."""
@@ -476,7 +486,7 @@ def test_second_derivatives_are_refused(kernel, device):
     for function, other in ((kernel.spatial_range_weights, sigma), (kernel.neighborhood_aggregate, weights)):
         leaf = features.clone().requires_grad_()
         (grad,) = torch.autograd.grad(function(leaf, other, radius).pow(2).sum(), leaf, create_graph=True)
-        with pytest.raises(NotImplementedError, match=r"first derivatives only.*use_kernels=False"):
+        with pytest.raises(NotImplementedError, match=r"first derivatives, in reverse mode, only.*use_kernels=False"):
             grad.sum().backward()
 
 
@@ -485,6 +495,17 @@ def fused(kernel):
         return kernel.neighborhood_aggregate(source, kernel.spatial_range_weights(guidance, sigma, radius), radius)
 
     return function
+
+
+def test_forward_mode_is_refused(kernel, device):
+    guidance, sigma = make_features((1, 5, 7, 4, 2), torch.float64, device), torch.tensor(0.6, dtype=torch.float64)
+    weights = kernel.spatial_range_weights(guidance, sigma.to(device), 2)
+    for function, at in (
+        (lambda at: kernel.spatial_range_weights(at, sigma.to(device), 2), guidance),
+        (lambda at: kernel.neighborhood_aggregate(guidance, at, 2), weights),
+    ):
+        with pytest.raises(NotImplementedError, match="forward-mode tangent"):
+            torch.func.jvp(function, (at,), (at,))
 
 
 @pytest.fixture

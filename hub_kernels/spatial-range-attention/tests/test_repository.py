@@ -289,6 +289,18 @@ def test_builds_nothing_twice_and_from_anywhere(build_folder, metadata, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["*.so", "layers.py", "metadata.json"])
+def test_a_damaged_build_is_not_up_to_date(build_folder, metadata, tmp_path, monkeypatch, name):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import build_local
+
+    folder = shutil.copytree(next(build_folder.glob("torch-*")), tmp_path / "variant")
+    assert build_local.is_intact(folder, metadata["id"]) and not build_local.is_intact(folder, "another")
+    (path,) = folder.glob(name)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert not build_local.is_intact(folder, metadata["id"])
+
+
 def test_broken_source_fails_and_leaves_what_was_there(copy, tmp_path):
     (copy / "torch-ext" / "torch_binding.h").write_text("#error deliberately broken\n")
     out = tmp_path / "out"

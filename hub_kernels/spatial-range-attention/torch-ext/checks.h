@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <sstream>
 #include <string>
 
@@ -47,6 +48,18 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 // The dtype of sums, softmax and sigma.
 inline ScalarType compute_type(const Tensor& features) {
   return features.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The new tensor of `make`. What PyTorch says of memory does not cross the stable ABI, but these are the words by which
+// tools that try again with a smaller batch know it.
+template <typename Make>
+Tensor allocated(const Make& make) {
+  try {
+    return make();
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, "Spatial-range attention is out of memory. ", error.what());
+    throw;
+  }
 }
 
 }  // namespace spatial_range_attention

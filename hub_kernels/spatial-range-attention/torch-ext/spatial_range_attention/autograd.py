@@ -70,12 +70,15 @@ torch.library.register_autograd(
 )
 
 
+FIRST_DERIVATIVES_ONLY = (
+    "The spatial-range attention kernel has first derivatives, in reverse mode, only. For a derivative of a gradient "
+    "(`create_graph=True`) or forward mode, use the PyTorch implementation: load the model with `use_kernels=False`, "
+    "or set DISABLE_KERNEL_MAPPING=1."
+)
+
+
 def _backward_twice(ctx, *grads):
-    raise NotImplementedError(
-        "The spatial-range attention kernel has first derivatives only. For a derivative of a gradient "
-        "(`create_graph=True`), use the PyTorch implementation: load the model with `use_kernels=False`, or set "
-        "DISABLE_KERNEL_MAPPING=1."
-    )
+    raise NotImplementedError(FIRST_DERIVATIVES_ONLY)
 
 
 torch.library.register_autograd(add_op_namespace_prefix("spatial_range_weights_backward"), _backward_twice)

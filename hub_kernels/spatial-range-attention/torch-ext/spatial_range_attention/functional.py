@@ -2,9 +2,10 @@
 """The two functions: what they accept, and the operators behind them."""
 
 import torch
+from torch.autograd import forward_ad
 
-from . import autograd  # noqa: F401 (registers the derivatives)
 from ._ops import ops
+from .autograd import FIRST_DERIVATIVES_ONLY  # and the derivatives are registered
 
 
 MAX_RADIUS = 6
@@ -40,6 +41,8 @@ def spatial_range_weights(guidance: torch.Tensor, sigma: torch.Tensor, radius: i
     _check_tensor(sigma, "sigma", "Wrap the number: torch.tensor(value, device=guidance.device).")
     if sigma.ndim != 0:
         raise ValueError(f"`sigma` must be a 0-dimensional tensor, got shape {tuple(sigma.shape)}.")
+    if sigma.is_complex() or sigma.dtype == torch.bool:
+        raise ValueError(f"`sigma` must be a real number, got {sigma.dtype}.")
     _check_device(sigma, "sigma", guidance, "guidance")
     sigma = sigma.to(_compute_dtype(guidance))
     return ops.spatial_range_weights(guidance, sigma, radius, _allow_tf32(guidance))[0]
@@ -83,7 +86,11 @@ def neighborhood_aggregate(source: torch.Tensor, weights: torch.Tensor, radius: 
 
 def _check_tensor(value, name: str, remedy: str) -> None:
     if not isinstance(value, torch.Tensor):
-        raise ValueError(f"`{name}` must be a tensor, got {value!r}. {remedy}")
+        raise ValueError(f"`{name}` must be a tensor, got {value!r:.100}. {remedy}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"`{name}` must be a dense tensor, got {value.layout}. Call `to_dense()` on it.")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"`{name}` has a forward-mode tangent. {FIRST_DERIVATIVES_ONLY}")
 
 
 def _check_features(features: torch.Tensor, name: str, radius: int) -> None:
