@@ -37,7 +37,7 @@ class Bench:
     def __init__(self, device, kernel, missing, compiled, quick):
         self.device, self.kernel, self.missing, self.quick = device, kernel, missing, quick
         self.compiled = compiled
-        self.budget = 0.1 if quick else 1.0
+        self.budget = 0.1 if quick else 4.0
         self.rows = []
 
     def measure(self, trials):

@@ -84,6 +84,9 @@ class DataArguments:
     )
     streaming: bool = field(default=False, metadata={"help": "Read the dataset while training (needs max_steps)."})
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row."})
+    independent_turns: bool = field(
+        default=False, metadata={"help": "The questions of a row are about its pictures, not about its other turns."}
+    )
     on_error: str = field(
         default="raise", metadata={"help": "What to do with a broken sample.", "choices": ["raise", "skip"]}
     )
@@ -244,7 +247,12 @@ def main():
     trainer = Trainer(
         model=model,
         args=training_args,
-        data_collator=AureaDataCollator(processor, max_length=data_args.max_length, on_error=data_args.on_error),
+        data_collator=AureaDataCollator(
+            processor,
+            max_length=data_args.max_length,
+            on_error=data_args.on_error,
+            independent_turns=data_args.independent_turns,
+        ),
         train_dataset=load_rows(data_args.dataset, data_args) if training_args.do_train else None,
         eval_dataset=load_eval_rows(data_args),
         processing_class=processor,

@@ -493,3 +493,63 @@ def test_plain_trainer_learns_from_llava_files(llava, converted, golden_processo
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+
+
+# independent turns
+
+QUIZ = {
+    "messages": [
+        {"role": "system", "content": "Look closely."},
+        user(IMAGE, "What?"),
+        assistant("A cat."),
+        user("Sure?"),
+        assistant("Yes, I am."),
+    ],
+    "images": [picture(1)],
+}
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED_TEMPLATE], ids=["marked", "unmarked"])
+def test_independent_turns_are_conversations_of_their_own(golden_processor, template):
+    processor = AureaProcessor(
+        golden_processor.image_processor, golden_processor.tokenizer, template or golden_processor.chat_template
+    )
+    batch = AureaDataCollator(processor, independent_turns=True)([QUIZ, mixed_rows()[1]])
+    system, question, answer, second, last = QUIZ["messages"]
+    alone = [
+        AureaDataCollator(processor)([{"messages": [system, question, answer], "images": QUIZ["images"]}]),
+        AureaDataCollator(processor)([{"messages": [system, second, last]}]),
+    ]
+    for name in ("input_ids", "labels"):
+        assert batch[name][0].equal(torch.cat([one[name][0] for one in alone]))
+    lengths = [one["input_ids"].shape[1] for one in alone]
+    assert batch["position_ids"][0].tolist() == [*range(lengths[0]), *range(lengths[1])]
+    assert "attention_mask" not in batch and batch["pixel_values"].equal(alone[0]["pixel_values"])
+    assert (batch["labels"][1] != -100).sum() > 0
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_independent_turns_see_the_pictures_and_not_each_other(golden_model, golden_processor, implementation):
+    golden_model.set_attn_implementation(implementation)
+    batch = AureaDataCollator(golden_processor, independent_turns=True)([QUIZ, mixed_rows()[1]])
+    start = batch["position_ids"][0].tolist().index(0, 1)
+    with torch.no_grad():
+        packed = golden_model(**batch, use_cache=False).logits
+        states = golden_model.get_image_features(batch["pixel_values"]).pooler_output.flatten(0, 1)[None]
+        second = golden_model(input_ids=batch["input_ids"][:1, start:], cross_attention_states=states).logits
+        blind = golden_model(input_ids=batch["input_ids"][:1, start:]).logits
+    torch.testing.assert_close(packed[:1, start:], second, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(second, blind, atol=1e-3)
+
+
+def test_independent_turns_show_their_pictures_first(processor):
+    late = [user("Hello"), assistant("Hi"), user(IMAGE, "What?"), assistant("A cat.")]
+    with pytest.raises(ValueError, match=r"late: turn 2 shows a picture: .* before the first answer"):
+        AureaDataCollator(processor, independent_turns=True)([{"id": "late", "messages": late, "images": [picture()]}])
+
+
+def test_trainer_uses_no_cache_which_would_let_independent_turns_see_each_other(golden_processor, converted, tmp_path):
+    model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
+    collator = AureaDataCollator(golden_processor, independent_turns=True)
+    Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), collator)
+    assert model(**collator([QUIZ])).past_key_values is None

@@ -259,6 +259,12 @@ class AureaDataCollator:
             `skipped` as `(identity, reason)`. With `num_workers` every worker has a list of its own; `check_dataset`
             finds all of them beforehand.
         train_on (`str`, defaults to `"assistant"`): `"all"` trains on every token but the pictures' placeholders.
+        independent_turns (`bool`, defaults to `False`): each question and its answer are a conversation of their own
+            about the row's pictures, which are encoded once for all of them. What was said before is not seen, so no
+            answer gives away the next one. System messages at the front are repeated. They stand one after another
+            in a packed row: batches have `position_ids`, which start anew with each, and no `attention_mask`. From
+            that, transformers masks the others for eager, sdpa and flex attention, as long as no cache is used
+            (`Trainer` uses none).
         pad_to_multiple_of (`int`, *optional*): the length of a batch is made a multiple of this.
 
     Raises:
@@ -273,6 +279,7 @@ class AureaDataCollator:
         max_length: int | None = None,
         on_error: str = "raise",
         train_on: str = "assistant",
+        independent_turns: bool = False,
         pad_to_multiple_of: int | None = None,
     ):
         if on_error not in ("raise", "skip"):
@@ -286,6 +293,7 @@ class AureaDataCollator:
         self.max_length = max_length
         self.on_error = on_error
         self.train_on = train_on
+        self.independent_turns = independent_turns
         self.pad_to_multiple_of = pad_to_multiple_of
         self.skipped: list[tuple[str, str]] = []
         template = processor.chat_template
@@ -295,8 +303,9 @@ class AureaDataCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Returns:
-            `input_ids`, `attention_mask` and `labels`, all `(batch_size, sequence_length)`, padded on the right. If
-            there are pictures, `pixel_values` `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+            `input_ids`, `labels` and `attention_mask` (`position_ids` if turns are independent), all
+            `(batch_size, sequence_length)`, padded on the right. If there are pictures, `pixel_values`
+            `(num_images, 2, 3, height, width)`, in the order of the placeholders.
         """
         encoded = []
         for position, row in enumerate(rows):
@@ -314,7 +323,8 @@ class AureaDataCollator:
         return self._pad(encoded)
 
     def encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """One row as `input_ids` and `labels`, both `(sequence_length,)`, and, if it has pictures, `pixel_values`.
+        """One row as `input_ids`, `labels` and `position_ids`, all `(sequence_length,)`, and, if it has pictures,
+        `pixel_values`.
 
         Raises:
             ValueError: what is wrong with the row, without its identity; or what its template or pictures raise.
@@ -328,8 +338,11 @@ class AureaDataCollator:
         messages = row["messages"]
         self._check(messages, len(row["images"]))
         images = [_open_picture(image, number) for number, image in enumerate(row["images"])]
-        inputs, trained = self._tokenize(messages, images)
-        input_ids = torch.tensor(inputs["input_ids"][0])  # (T,)
+        conversations = _separate(messages) if self.independent_turns else [messages]
+        inputs, trained = self._tokenize(conversations, images)
+        lengths = [len(tokens) for tokens in inputs["input_ids"]]
+        input_ids = torch.tensor([token for tokens in inputs["input_ids"] for token in tokens])  # (T,)
+        position_ids = torch.cat([torch.arange(length) for length in lengths])
         is_picture = input_ids == self.processor.image_token_id
         labels = input_ids.masked_fill((trained == 0) | is_picture, IGNORED)
         if self.max_length is not None:
@@ -338,12 +351,14 @@ class AureaDataCollator:
                     f"it has {len(input_ids)} tokens, and `max_length={self.max_length}` would cut off the "
                     f"placeholders of {is_picture[self.max_length :].sum()} of its {len(images)} pictures"
                 )
-            input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+            input_ids, labels, position_ids = (
+                tensor[: self.max_length] for tensor in (input_ids, labels, position_ids)
+            )
         if (labels[1:] == IGNORED).all():  # the first token is never predicted
             limit = "" if self.max_length is None else f" within `max_length={self.max_length}`"
             raise ValueError(f"none of its {len(trained)} tokens{limit} is trained on")
         pixels = {"pixel_values": torch.from_numpy(np.stack(inputs["pixel_values"]))} if images else {}
-        return {"input_ids": input_ids, "labels": labels, **pixels}
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, **pixels}
 
     def _check(self, messages: list[dict], num_images: int) -> None:
         if not messages:
@@ -365,22 +380,29 @@ class AureaDataCollator:
                 f"Image features and image tokens do not match: {num_images} images for {placeholders} placeholders"
             )
 
-    def _tokenize(self, messages: list[dict], images: list) -> tuple[dict, torch.Tensor]:
-        """The processor's outputs for one conversation, and which of its tokens are trained on, `(T,)`."""
+    def _tokenize(self, conversations: list[list[dict]], images: list) -> tuple[dict, torch.Tensor]:
+        """The processor's outputs for a row's conversations, the first with all pictures, and which of their tokens
+        are trained on, `(T,)`, one conversation after another."""
         # Lists, since the assistant mask is made token by token, which takes far longer with tensors.
         if self.train_on == "assistant" and not self._template_marks_answers:
-            text, spans = self._render(messages)
-            inputs = self.processor(text=[text], images=[images] if images else None, return_offsets_mapping=True)
-            offsets = torch.tensor(inputs.pop("offset_mapping")[0])  # (T, 2), in characters
-            return inputs, sum((offsets[:, 0] < end) & (offsets[:, 1] > start) for start, end in spans)
+            texts, spans = zip(*(self._render(messages) for messages in conversations))
+            rows_of_images = [images, *[[]] * (len(texts) - 1)] if images else None
+            inputs = self.processor(text=list(texts), images=rows_of_images, return_offsets_mapping=True)
+            trained = []
+            for offsets, answers in zip(map(torch.tensor, inputs.pop("offset_mapping")), spans):  # (T, 2), characters
+                trained.append(sum((offsets[:, 0] < end) & (offsets[:, 1] > start) for start, end in answers))
+            return inputs, torch.cat(trained)
         pictures = iter(images)
-        conversation = [{**turn, "content": [_fill(part, pictures) for part in turn["content"]]} for turn in messages]
+        conversations = [
+            [{**turn, "content": [_fill(part, pictures) for part in turn["content"]]} for turn in messages]
+            for messages in conversations
+        ]
         only_answers = self.train_on == "assistant"
         inputs = self.processor.apply_chat_template(
-            [conversation], tokenize=True, return_dict=True, return_assistant_tokens_mask=only_answers
+            conversations, tokenize=True, return_dict=True, return_assistant_tokens_mask=only_answers
         )
-        mask = inputs["assistant_masks"] if only_answers else inputs["attention_mask"]
-        return inputs, torch.tensor(mask[0])
+        masks = inputs["assistant_masks"] if only_answers else inputs["attention_mask"]
+        return inputs, torch.tensor([marked for mask in masks for marked in mask])
 
     def _render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and from where to where its answers stand in it, end tokens included.
@@ -410,9 +432,12 @@ class AureaDataCollator:
         known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
         columns = {
             "input_ids": ([row["input_ids"] for row in encoded], next(known, 0)),  # masked, so any id will do
-            "attention_mask": ([torch.ones_like(row["input_ids"]) for row in encoded], 0),
             "labels": ([row["labels"] for row in encoded], IGNORED),
         }
+        if self.independent_turns:
+            columns["position_ids"] = ([row["position_ids"] for row in encoded], 0)
+        else:
+            columns["attention_mask"] = ([torch.ones_like(row["input_ids"]) for row in encoded], 0)
         batch = {}
         for name, (values, padding) in columns.items():
             batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)  # (B, T)
@@ -452,6 +477,24 @@ def _identify(row: dict[str, Any], position: int | None = None) -> str:
 
 def _explain(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def _separate(messages: list[dict]) -> list[list[dict]]:
+    """A conversation of its own for each answer: the system messages at the front, and what leads up to it.
+
+    Raises:
+        ValueError: a picture is shown after the first answer; the questions before it must not see it.
+    """
+    start = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
+    for number in range(ends[0] if ends else len(messages), len(messages)):
+        if any(part["type"] == "image" for part in messages[number]["content"]):
+            raise ValueError(
+                f"turn {number} shows a picture: with `independent_turns` all come before the first answer"
+            )
+    begins = [start, *ends[:-1]]
+    ends[-1:] = [len(messages)]
+    return [messages[:start] + messages[begin:end] for begin, end in zip(begins, ends)]
 
 
 def _without_none(row: dict[str, Any]) -> dict[str, Any]:

@@ -713,7 +713,8 @@ class AureaModel(AureaPreTrainedModel):
             cross_attention_states = image_outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
             num_images = image_tokens.new_zeros(len(image_tokens), dtype=torch.long)
 
-        use_cache = use_cache if use_cache is not None else getattr(self.config.text_config, "use_cache", False)
+        if use_cache is None:  # Trainer turns it off in the configuration of the whole
+            use_cache = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", False))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, past_key_values)

@@ -258,14 +258,16 @@ void dot_tile(S* dots, const T* queries, const T* keys, const Shape& shape, cons
 
 // sums[q] = Σ weights[q][offset] · key, for Q neighbouring queries, N vectors of channels and the key rows
 // [row_begin, row_end) of the window. Keys are those of the first query's window and on; [begin, end) are in the map.
-template <typename S, int Radius, int Q, int N>
-void sum_block(S* sums, const S* ring, int64_t row_stride, int64_t map_row, int row_begin, int row_end, int begin,
-               int end, const S* weights) {
+// `prefetch(q)` is called for each query in between: all at once would take the line buffers from the keys.
+template <typename S, int Radius, int Q, int N, typename Prefetch>
+INLINE void sum_block(S* sums, const S* ring, int64_t row_stride, int64_t map_row, int row_begin, int row_end,
+                      int begin, int end, const S* weights, const Prefetch& prefetch) {
   constexpr int extent = 2 * Radius + 1, neighbors = extent * extent, stride = N * kLanes<S>;
   Vector<S> sum[Q][N] = {};
   for (int row = row_begin; row < row_end; ++row) {
     const S* const keys = ring + ((map_row + row) % extent) * row_stride;
     const S* const weight = weights + row * extent;
+    for (int q = row - row_begin; q < Q; q += row_end - row_begin) prefetch(q);
 #pragma GCC unroll 20
     for (int j = 0; j < extent + Q - 1; ++j) {
       if (j < begin || j >= end) continue;
@@ -314,11 +316,14 @@ void sum_channels(T* sums, const T* keys, const S* weights, int64_t weight_colum
         const int begin = static_cast<int>(max(-first_key, 0));
         const int end = static_cast<int>(min(shape.width - first_key, Q + 2 * radius));
         const int64_t num_queries = min(tile.columns() - x, Q);
-        prefetch<0>(keys, shape, next_row, tile.column_begin + x, Q, channel + done, part_channels);
-        prefetch<1>(sums, shape, y, tile.column_begin + x, num_queries, channel + done, part_channels);
+        const auto prefetch_query = [&](int q) {
+          prefetch<0>(keys, shape, next_row, tile.column_begin + x + q, 1, channel + done, part_channels);
+          prefetch<1>(sums, shape, y, tile.column_begin + x + q, q < num_queries, channel + done, part_channels);
+        };
         // The ring holds row y - radius + i of the map in slot (y + radius + 1 + i) mod extent, never negative.
         sum_block<S, Radius, Q, N>(block, part + x * stride, row_stride, y + radius + 1, row_begin, row_end, begin, end,
-                           weights + ((y - tile.row_begin) * weight_columns + x) * shape.neighbors());
+                           weights + ((y - tile.row_begin) * weight_columns + x) * shape.neighbors(),
+                           prefetch_query);
         for (int64_t q = 0; q < num_queries; ++q) {
           const int64_t position = y * shape.width + tile.column_begin + x + q;
           unpack(sums + position * shape.channels + channel + done, block + q * stride, part_channels);
