@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
 
 
@@ -86,7 +87,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "max_position_embeddings": 1024,
@@ -105,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--width", type=int, default=64, help="of the encoders, a multiple of 32 (default: 64)")
-    parser.add_argument("--fusion_type", default="spatial_range", choices=("spatial_range", "concat"))
+    parser.add_argument("--fusion_type", default="spatial_range", choices=tuple(FUSIONS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

@@ -221,6 +221,18 @@ def test_concat_fusion_is_norms_and_one_linear_layer():
     torch.testing.assert_close(fusion(semantic, spatial), expected)
 
 
+@pytest.mark.parametrize(("fusion_type", "used"), [("semantic", 0), ("spatial", 1)])
+def test_single_encoder_is_a_norm_and_one_linear_layer(fusion_type, used):
+    fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
+    maps = [features.requires_grad_() for features in random_maps(2, 3)]
+    tokens, joint = fusion(*maps, return_map=True)
+    norm = getattr(fusion, f"{fusion_type}_norm")
+    torch.testing.assert_close(tokens, (norm(maps[used]) @ fusion.output_proj.weight.T).flatten(1, 2))
+    assert tokens.shape[-1] == fusion.output_dim == 96 and joint.shape == maps[used].shape
+    tokens.sum().backward()
+    assert maps[1 - used].grad is None and maps[used].grad is not None
+
+
 def test_forward_leaves_no_trace(fusion):
     before = {name: value.clone() for name, value in fusion.state_dict().items()}
     semantic, spatial = random_maps(5, 4)

@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from transformers_aurea import scenes
-from transformers_aurea.scenes import KINDS, describe_f1, make_scene, object_mask, scene_digest, scene_objects
+from transformers_aurea.scenes import (
+    KINDS,
+    SceneDataset,
+    describe_f1,
+    make_scene,
+    object_mask,
+    scene_digest,
+    scene_objects,
+    scene_questions,
+)
 
 
 # SHA-256 of the RGB bytes. Other values would mean that a seed no longer is the picture it was.
@@ -260,6 +269,46 @@ def test_bad_options_are_refused(options):
 )
 def test_describe_f1(predicted, expected, f1):
     assert describe_f1(predicted, expected) == pytest.approx(f1)
+
+
+def asked(row: dict) -> list[tuple[str, str]]:
+    """The questions and answers of a row, whose first turn shows the picture."""
+    turns = row["messages"]
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+    assert [part["type"] for turn in turns for part in turn["content"]].index("image") == 0
+    texts = [turn["content"][-1]["text"] for turn in turns]
+    return list(zip(texts[::2], texts[1::2]))
+
+
+def test_dataset_is_the_scenes_as_conversations():
+    seeds = [7, 1, 20]
+    rows = SceneDataset(seeds, questions_per_kind={"left_right": 3})
+    assert len(rows) == 3 and [row["id"] for row in rows] == ["scene 7", "scene 1", "scene 20"]
+    orders = []
+    for seed, row in zip(seeds, rows):
+        picture, questions = make_scene(seed, questions_per_kind={"left_right": 3})
+        assert scene_digest(*row["images"]) == scene_digest(picture)
+        assert sorted(asked(row)) == sorted((question, answer) for _, question, answer in questions)
+        orders.append(asked(row) != [(question, answer) for _, question, answer in questions])
+    assert any(orders), "the turns are shuffled"
+    assert asked(rows[-1]) == asked(rows[2]) and asked(SceneDataset([7], questions_per_kind=1)[0])
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_curriculum_begins_with_few_objects():
+    rows = SceneDataset(range(40), curriculum=[(0.5, 2), (0.25, 1)], kinds=["describe"])
+    numbers = [len(asked(row)[0][1].split(",")) for row in rows]
+    assert set(numbers[:10]) == {1} and set(numbers[10:20]) == {1, 2} and max(numbers[20:]) > 2
+
+
+def test_questions_by_kind_are_one_to_a_conversation():
+    rows = scene_questions([3, 5])
+    assert tuple(rows) == KINDS
+    expected = [question for seed in (3, 5) for question in make_scene(seed)[1]]
+    found = [(kind, *pair) for kind, conversations in rows.items() for row in conversations for pair in asked(row)]
+    assert sorted(found) == sorted(expected)
+    assert all(len(asked(row)) == 1 for conversations in rows.values() for row in conversations)
 
 
 def test_command_line_writes_a_contact_sheet(tmp_path, capsys):

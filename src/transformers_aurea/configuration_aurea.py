@@ -89,8 +89,8 @@ class AureaFusionConfig(PreTrainedConfig):
 
     Args:
         fusion_type (`str`, *optional*, defaults to `"spatial_range"`):
-            `"spatial_range"`, the published stack of spatial-range attention layers, or `"concat"`, the plain
-            concatenation of the two encoders' channels.
+            `"spatial_range"`, the published stack of spatial-range attention layers; to compare with, `"concat"`, the
+            plain concatenation of the two encoders' channels, and `"semantic"` and `"spatial"`, one encoder's alone.
         depth (`int`, *optional*, defaults to 4):
             Stages in each of the two stacks; a stage is two attention layers.
         radius (`int`, *optional*, defaults to 3):
@@ -103,7 +103,7 @@ class AureaFusionConfig(PreTrainedConfig):
     model_type = "aurea_fusion"
     base_config_key = "fusion_config"
 
-    fusion_type: Literal["spatial_range", "concat"] = "spatial_range"
+    fusion_type: Literal["spatial_range", "concat", "semantic", "spatial"] = "spatial_range"
     depth: int = 4
     radius: int = 3
     layer_norm_eps: float = 1e-5

@@ -129,12 +129,15 @@ class ConcatFusion(nn.Module):
     Takes the arguments of `SpatialRangeFusion`; depth and radius mean nothing here.
     """
 
+    encoders = ("spatial", "semantic")
+
     def __init__(self, semantic_dim: int, spatial_dim: int, depth: int, radius: int, layer_norm_eps: float = 1e-5):
         super().__init__()
         self.output_dim = 2 * spatial_dim
-        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=layer_norm_eps)
-        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=layer_norm_eps)
-        self.output_proj = nn.Linear(spatial_dim + semantic_dim, self.output_dim, bias=False)
+        dims = {"spatial": spatial_dim, "semantic": semantic_dim}
+        for encoder in self.encoders:
+            self.add_module(f"{encoder}_norm", nn.LayerNorm(dims[encoder], eps=layer_norm_eps))
+        self.output_proj = nn.Linear(sum(dims[encoder] for encoder in self.encoders), self.output_dim, bias=False)
 
     def forward(
         self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
@@ -144,12 +147,33 @@ class ConcatFusion(nn.Module):
         With `return_map` also the joint map `(batch, height, width, channels)` before the linear layer.
         """
         _check_grids(semantic_features, spatial_features)
-        dtype = self.spatial_norm.weight.dtype
-        spatial = self.spatial_norm(spatial_features.to(dtype))
-        semantic = self.semantic_norm(semantic_features.to(dtype))
-        joint = torch.cat([spatial, semantic], dim=-1)
+        maps = {"spatial": spatial_features, "semantic": semantic_features}
+        dtype = self.output_proj.weight.dtype
+        joint = torch.cat(
+            [getattr(self, f"{encoder}_norm")(maps[encoder].to(dtype)) for encoder in self.encoders], dim=-1
+        )
         tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
         return (tokens, joint) if return_map else tokens
 
 
-FUSIONS = {"spatial_range": SpatialRangeFusion, "concat": ConcatFusion}
+class SemanticFusion(ConcatFusion):
+    """No fusion: the semantic encoder's map alone, normalised, and one linear layer. A baseline of comparisons.
+
+    The spatial encoder runs, but is not used: freeze it, lest several processes wait for its gradients.
+    """
+
+    encoders = ("semantic",)
+
+
+class SpatialFusion(ConcatFusion):
+    """No fusion: the spatial encoder's map alone. As [`SemanticFusion`], with the encoders' parts exchanged."""
+
+    encoders = ("spatial",)
+
+
+FUSIONS = {
+    "spatial_range": SpatialRangeFusion,
+    "concat": ConcatFusion,
+    "semantic": SemanticFusion,
+    "spatial": SpatialFusion,
+}
