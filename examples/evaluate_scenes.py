@@ -49,33 +49,37 @@ def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: 
     return found
 
 
-def evaluate(model, processor, seeds, batch_size: int = 64) -> dict[str, dict[str, float]]:
-    """Scores by kind and, under "all", over all questions."""
+def evaluate(model, processor, seeds, batch_size: int = 64, recolor=None) -> dict[str, dict[str, float]]:
+    """Scores by kind and, under "all", over all questions; of a recolored world also over those with a new word."""
     questions = []
     for seed in seeds:
-        picture, asked = make_scene(seed)
+        picture, asked = make_scene(seed, recolor=recolor)
         questions += [(picture, *question) for question in asked]
+    new_words = {word for word, _ in (recolor or {}).values()}
     seen = answers(model, processor, [(picture, question) for picture, _, question, _ in questions], batch_size)
     blind = answers(model, processor, [(BLACK, question) for _, _, question, _ in questions], batch_size)
 
     by_kind = defaultdict(list)
-    for (_, kind, _, expected), with_picture, with_black in zip(questions, seen, blind):
-        by_kind[kind].append((expected, with_picture, with_black))
+    for (_, kind, question, expected), with_picture, with_black in zip(questions, seen, blind):
+        kinds = (kind, "all", "new words") if any(word in question + expected for word in new_words) else (kind, "all")
+        for name in kinds:
+            by_kind[name].append((expected, with_picture, with_black))
     scores = {}
-    for kind in (*KINDS, "all"):
-        rows = by_kind[kind] if kind != "all" else [row for rows in by_kind.values() for row in rows]
+    for kind in (*KINDS, "all", "new words"):
+        rows = by_kind[kind]
         if not rows:
             continue
         scores[kind] = {
             "questions": len(rows),
             "exact_match": sum(expected == seen for expected, seen, _ in rows) / len(rows),
             "black_picture": sum(expected == blind for expected, _, blind in rows) / len(rows),
-            "commonest_answer": Counter(expected for expected, _, _ in rows).most_common(1)[0][1] / len(rows),
         }
+        if kind in KINDS:
+            commonest = Counter(expected for expected, _, _ in rows).most_common(1)[0][1]
+            scores[kind]["commonest_answer"] = commonest / len(rows)
         if kind == "describe":
             scores[kind]["f1"] = sum(describe_f1(seen, expected) for expected, seen, _ in rows) / len(rows)
             scores[kind]["black_picture_f1"] = sum(describe_f1(b, expected) for expected, _, b in rows) / len(rows)
-    del scores["all"]["commonest_answer"]
     return scores
 
 
@@ -86,13 +90,14 @@ def main():
     parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--train_scenes", type=int, default=0, help="look for test pictures among so many of training")
+    parser.add_argument("--recolor", type=json.loads, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
 
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(args.model_name_or_path)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(model, processor, seeds, args.batch_size)
+    scores = evaluate(model, processor, seeds, args.batch_size, args.recolor)
     print(f"{'kind':<12} {'questions':>9} {'exact':>7} {'black':>7} {'commonest':>9}")
     for kind, row in scores.items():
         commonest = f"{row['commonest_answer']:9.1%}" if "commonest_answer" in row else ""

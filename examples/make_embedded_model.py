@@ -71,6 +71,8 @@ def make_processor() -> AureaProcessor:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str) -> AureaConfig:
+    # At this width the usual 0.02 would leave a picture a thousandth of a token's size, and it would be found late.
+    initializer_range = 0.08
     encoder = {
         "image_size": IMAGE_SIZE,
         "patch_size": 8,
@@ -80,7 +82,12 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
     }
     return AureaConfig(
         vision_config={"model_type": "siglip_vision_model", "intermediate_size": 4 * width, **encoder},
-        spatial_vision_config={"model_type": "dinov2_with_registers", "mlp_ratio": 4, **encoder},
+        spatial_vision_config={
+            "model_type": "dinov2_with_registers",
+            "mlp_ratio": 4,
+            "initializer_range": initializer_range,
+            **encoder,
+        },
         fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
         text_config={
             "model_type": "phi3",
@@ -96,7 +103,9 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": True,
+            "initializer_range": initializer_range,
         },
+        initializer_range=initializer_range,
         projector_hidden_size=256,
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
     )

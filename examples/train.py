@@ -98,6 +98,9 @@ class DataArguments:
         metadata={"help": "Of the scene world, e.g. 0.1:1 0.3:2: one object in the first tenth, then two to 30 %."},
     )
     questions_per_kind: str = field(default="1", metadata={"help": "A number, or JSON: {kind: number}."})
+    recolor: str = field(
+        default="{}", metadata={"help": 'Of the scene world: {"black": ["turquoise", [64, 224, 208]]}, a new color.'}
+    )
 
 
 def load_model(args: ModelArguments):
@@ -159,7 +162,8 @@ def load_rows(name: str, args: DataArguments):
         counts = json.loads(args.questions_per_kind)
         curriculum = [(float(share), int(number)) for share, number in (step.split(":") for step in args.curriculum)]
         seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
-        return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts)
+        recolor = json.loads(args.recolor)
+        return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts, recolor=recolor)
     if name.endswith((".json", ".jsonl")):
         if args.image_folder is None:
             raise ValueError(f"--dataset {name} needs --image_folder, the folder of its pictures.")
@@ -174,7 +178,9 @@ def load_rows(name: str, args: DataArguments):
 def load_eval_rows(args: DataArguments):
     if args.eval_dataset:
         return load_rows(args.eval_dataset, args)
-    return scene_questions(test_seeds(args.eval_scenes)) if args.dataset == "scenes" else None
+    if args.dataset != "scenes":
+        return None
+    return scene_questions(test_seeds(args.eval_scenes), recolor=json.loads(args.recolor))
 
 
 def most_likely_tokens(logits, labels) -> torch.Tensor:

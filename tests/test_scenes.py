@@ -236,6 +236,40 @@ def test_max_objects_bounds_the_scene():
     assert make_scene(np.int64(7))[1] == make_scene(7)[1]
 
 
+def test_recolored_scene_differs_in_one_color_and_its_word():
+    rgb, changed = (64, 224, 208), 0
+    for seed in range(60):
+        before, questions = make_scene(seed)
+        after, renamed = make_scene(seed, recolor={"orange": ("turquoise", rgb)})
+        expected = [
+            tuple(text.replace("an orange", "a turquoise").replace("orange", "turquoise") for text in row)
+            for row in questions
+        ]
+        assert renamed == expected
+        # One step around an object is mixed with what lies behind it.
+        mask = np.zeros((112, 112), dtype=bool)
+        for found in scene_objects(seed):
+            mask |= (object_mask(found) > 0) & (found.color == "orange")
+        difference = np.abs(np.asarray(before, dtype=int) - np.asarray(after, dtype=int)).max(axis=-1) > 0
+        assert not (difference & ~mask).any() and difference.any() == mask.any()
+        changed += mask.any()
+    assert changed > 5
+    assert SceneDataset([8], recolor={"pink": ("teal", (0, 128, 128))})[0]["images"][0].size == (112, 112)
+
+
+@pytest.mark.parametrize(
+    "recolor", [{"teal": ("mauve", (1, 2, 3))}, {"red": ("blue", (1, 2, 3))}, {"red": ("Mauve", (1, 2, 3))}], ids=str
+)
+def test_recoloring_needs_a_known_color_and_a_new_word(recolor):
+    with pytest.raises(ValueError, match="new word"):
+        make_scene(0, recolor=recolor)
+
+
+def test_recoloring_needs_a_color():
+    with pytest.raises(ValueError, match=re.escape("(0, 256, 3)")):
+        make_scene(0, recolor={"red": ("mauve", (0, 256, 3))})
+
+
 @pytest.mark.parametrize("seed", [-1, 1.0, True, "3", None])
 def test_bad_seeds_are_refused(seed):
     for function in (make_scene, scene_objects):

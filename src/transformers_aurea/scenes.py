@@ -109,21 +109,24 @@ def make_scene(
     kinds: Iterable[str] | None = None,
     max_objects: int | None = None,
     questions_per_kind: int | Mapping[str, int] = 1,
+    recolor: Mapping[str, tuple[str, tuple[int, int, int]]] | None = None,
 ) -> tuple[Image.Image, list[tuple[str, str, str]]]:
     """The picture of a seed and its questions, `(kind, question, answer)`.
 
     A kind that the scene gives no unambiguous question of is left out (relations need two objects). "describe" lists
     the objects from left to right by the x of their centers, which are at least 8 pixels apart. The picture depends
-    on `seed` and `max_objects` only, the questions of a kind not on the other kinds.
+    on `seed`, `max_objects` and `recolor` only, the questions of a kind not on the other kinds.
 
     Args:
         kinds: which of `KINDS` to ask; by default all.
         max_objects: at most this many objects, 1 to 5.
         questions_per_kind: up to so many different questions of each kind, or of the kinds named, and one of the
             others.
+        recolor: `{"black": ("turquoise", (64, 224, 208))}` draws every black object in another RGB color, 0 to 255,
+            and calls it by another word: a color to learn.
 
     Raises:
-        ValueError: for a seed that is not an integer from 0 on, an unknown kind, or a number out of range.
+        ValueError: for a seed that is not an integer from 0 on, an unknown kind or color, or a number out of range.
     """
     kinds = KINDS if kinds is None else tuple(kinds)
     counts = (
@@ -135,15 +138,31 @@ def make_scene(
     for count in counts.values():
         if not _is_integer(count) or count < 1:
             raise ValueError(f"questions_per_kind must be an integer from 1 on, not {count!r}.")
+    recolor = recolor or {}
+    for color, (word, rgb) in recolor.items():
+        if color not in COLORS or not re.fullmatch("[a-z]+", word) or word in VOCABULARY:
+            raise ValueError(
+                f"recolor must give one of {', '.join(COLORS)} a new word of small letters, not {color!r} {word!r}."
+            )
+        if len(rgb) != 3 or not all(0 <= value <= 255 for value in rgb):
+            raise ValueError(f"recolor must give {color!r} three values from 0 to 255, not {rgb!r}.")
 
-    dice, objects, covers = _arrange(seed, max_objects)
+    dice, objects, covers = _arrange(seed, max_objects, {color: rgb for color, (_, rgb) in recolor.items()})
     picture = _paint(int(seed), dice, objects, covers)
     questions = [
-        (kind, question, answer)
+        (kind, _rename(question, recolor), _rename(answer, recolor))
         for kind in kinds
         for question, answer in _ask(_dice(seed, 1 + KINDS.index(kind)), objects, kind, counts.get(kind, 1))
     ]
     return picture, questions
+
+
+def _rename(text: str, recolor: Mapping[str, tuple[str, tuple[int, int, int]]]) -> str:
+    if not recolor:
+        return text
+    words = {color: word for color, (word, _) in recolor.items()}
+    pattern = rf"(?:\b(an?) )?\b({'|'.join(words)})\b"
+    return re.sub(pattern, lambda found: (_with_article if found[1] else str)(words[found[2]]), text)
 
 
 def scene_objects(seed: int, *, max_objects: int | None = None) -> list[SceneObject]:
@@ -167,7 +186,7 @@ class SceneDataset(Sequence):
         seeds: one per scene.
         curriculum: `((share, max_objects), ...)`: scenes before this share of the dataset have at most so many
             objects. Meant for sampling in order.
-        kinds, questions_per_kind: see `make_scene`.
+        kinds, questions_per_kind, recolor: see `make_scene`.
     """
 
     def __init__(
@@ -177,11 +196,13 @@ class SceneDataset(Sequence):
         curriculum: Iterable[tuple[float, int]] = (),
         kinds: Iterable[str] | None = None,
         questions_per_kind: int | Mapping[str, int] = 1,
+        recolor: Mapping[str, tuple[str, tuple[int, int, int]]] | None = None,
     ):
         self.seeds = seeds
         self.curriculum = sorted(curriculum)
         self.kinds = kinds
         self.questions_per_kind = questions_per_kind
+        self.recolor = recolor
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -191,18 +212,24 @@ class SceneDataset(Sequence):
         seed, share = self.seeds[index], index / len(self.seeds)
         max_objects = next((number for end, number in self.curriculum if share < end), None)
         picture, questions = make_scene(
-            seed, kinds=self.kinds, max_objects=max_objects, questions_per_kind=self.questions_per_kind
+            seed,
+            kinds=self.kinds,
+            max_objects=max_objects,
+            questions_per_kind=self.questions_per_kind,
+            recolor=self.recolor,
         )
         dice = _dice(seed, 1 + len(KINDS))
         questions = sorted(questions, key=lambda _: dice.random())
         return _conversation(f"scene {seed}", picture, [(question, answer) for _, question, answer in questions])
 
 
-def scene_questions(seeds: Iterable[int]) -> dict[str, list[dict]]:
+def scene_questions(
+    seeds: Iterable[int], *, recolor: Mapping[str, tuple[str, tuple[int, int, int]]] | None = None
+) -> dict[str, list[dict]]:
     """The questions of some scenes by kind, one in a conversation: to evaluate a model on."""
     rows = {kind: [] for kind in KINDS}
     for seed in seeds:
-        picture, questions = make_scene(seed)
+        picture, questions = make_scene(seed, recolor=recolor)
         for kind, question, answer in questions:
             rows[kind].append(_conversation(f"scene {seed}, {kind}", picture, [(question, answer)]))
     return rows
@@ -273,7 +300,9 @@ def _between(dice: Random, low: float, high: float) -> float:
 # The arrangement
 
 
-def _arrange(seed: int, max_objects: int | None) -> tuple[Random, list[SceneObject], list]:
+def _arrange(
+    seed: int, max_objects: int | None, other_rgb: Mapping[str, tuple[int, int, int]] | None = None
+) -> tuple[Random, list[SceneObject], list]:
     """The objects from back to front, their covers, and the dice, which have the background still to throw."""
     if not _is_integer(seed) or seed < 0:
         raise ValueError(f"A seed must be an integer from 0 on, not {seed!r}.")
@@ -285,8 +314,9 @@ def _arrange(seed: int, max_objects: int | None) -> tuple[Random, list[SceneObje
     words = _draw_words(dice, 1 + int(dice.random() * max_objects))
     radii = [_between(dice, *_RADII[size]) for size, _, _ in words]
     tint = [_between(dice, 0.93, 1.07) for _ in range(3)]
+    rgb = _RGB | dict(other_rgb or {})
     looks = [
-        (_between(dice, -0.13, 0.13), tuple((c + _between(dice, -12, 12)) * t for c, t in zip(_RGB[color], tint)))
+        (_between(dice, -0.13, 0.13), tuple((c + _between(dice, -12, 12)) * t for c, t in zip(rgb[color], tint)))
         for _, color, _ in words
     ]
     while True:
@@ -464,7 +494,7 @@ def _noun(size: str = "", color: str = "", shape: str = "") -> str:
 
 
 def _with_article(noun: str) -> str:
-    return f"an {noun}" if noun.startswith("o") else f"a {noun}"
+    return f"an {noun}" if noun.startswith(tuple("aeiou")) else f"a {noun}"
 
 
 def _names(scene_object: SceneObject, objects: list[SceneObject], attributes: Sequence[str]) -> list[str]:
