@@ -61,7 +61,9 @@ def table(runs: list[dict]) -> str:
     for fusion_type in dict.fromkeys(found["fusion_type"] for found in runs):
         cells = []
         for kind in columns:
-            shares = [100 * found["scores"][kind]["exact_match"] for found in runs if found["fusion_type"] == fusion_type]
+            shares = [
+                100 * found["scores"][kind]["exact_match"] for found in runs if found["fusion_type"] == fusion_type
+            ]
             spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
             cells.append(f"{statistics.mean(shares):.1f}{spread}")
         lines.append(f"| {fusion_type} | {' | '.join(cells)} |")

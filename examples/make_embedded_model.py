@@ -93,7 +93,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
             "model_type": "phi3",
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
-            "intermediate_size": 256,
+            "intermediate_size": 320,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
