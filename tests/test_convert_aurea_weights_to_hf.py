@@ -56,6 +56,7 @@ def test_the_folder_is_complete(converted):
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
         *("configuration_aurea.py", "modeling_aurea.py", "fusion_aurea.py", "spatial_range_attention_aurea.py"),
         *(
+            "cross_attention_aurea.py",
             "hub_kernels_aurea.py",
             "image_processing_aurea.py",
             "losses_aurea.py",

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, Trainer, Traini
 from transformers.distributed import DistributedConfig
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
-from transformers_aurea.modeling_aurea import WovenDecoderLayerMixin, _woven_class
+from transformers_aurea.cross_attention_aurea import WovenDecoderLayerMixin, woven_class
 from transformers_aurea.training_aurea import AuxiliaryLossLogger, GroupGradientNorms, set_trainable
 
 
@@ -329,7 +329,7 @@ def weave_what_is_sharded() -> float:
     with torch.no_grad():
         expected = decoder(input_ids=input_ids).last_hidden_state.clone()
         for layer in decoder.layers:
-            layer.__class__ = _woven_class(WovenDecoderLayerMixin, type(layer))
+            layer.__class__ = woven_class(WovenDecoderLayerMixin, type(layer))
             layer.cross_attention_block = layer.closing_cross_attention_block = None
         assert isinstance(decoder.layers[0], FSDPModule)
         return (decoder(input_ids=input_ids).last_hidden_state - expected).abs().max().item()

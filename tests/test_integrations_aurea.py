@@ -20,6 +20,7 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 
 CODE_FILES = {
     "configuration_aurea.py",
+    "cross_attention_aurea.py",
     "fusion_aurea.py",
     "hub_kernels_aurea.py",
     "image_processing_aurea.py",

@@ -10,15 +10,13 @@
            └─ lm_head  (batch, T, vocabulary)
 
 What is special: the language model is any decoder of transformers. Its layers get a subclass of their own class that
-runs a cross-attention block first, so parameter names, recorders, plans and patterns of the decoder stay what they
-are. The blocks' keys and values live once, un-repeated, inside `past_key_values`, whatever cache that is. Without a
-picture the blocks are not run at all: text alone gives the decoder's own logits, bit for bit.
+runs a cross-attention block first (see `cross_attention_aurea`). The blocks' keys and values live once, un-repeated,
+inside `past_key_values`, whatever cache that is. Without a picture the blocks are not run at all: text alone gives the
+decoder's own logits, bit for bit.
 """
 
 import copy
-import functools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 
@@ -35,15 +33,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .configuration_aurea import AureaConfig
+from .cross_attention_aurea import (
+    AureaCrossAttentionBlock,
+    VisualStatesCacheMixin,
+    WovenDecoderLayerMixin,
+    decoder_layers,
+    holds_visual_states,
+    weave_cache,
+    woven_class,
+)
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
 from .hub_kernels_aurea import HubKernelsMixin
 from .losses_aurea import feature_consistency_loss, feature_diversity_loss, share_of_batch
@@ -148,256 +152,6 @@ class AureaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(fused_features)))
 
 
-class AureaCrossAttention(nn.Module):
-    """Text tokens ask, visual tokens answer; queries and keys are normalised per head."""
-
-    is_causal = False
-
-    def __init__(self, config: AureaConfig, text_config, block_idx: int):
-        super().__init__()
-        self.config = text_config  # the decoder's own object: its attention implementation is ours
-        self.block_idx = block_idx
-        hidden_size = text_config.hidden_size
-        num_heads, num_key_value_heads = config.cross_attention_num_heads, config.cross_attention_num_key_value_heads
-        self.head_dim = config.cross_attention_head_dim
-        self.num_key_value_groups = num_heads // num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(hidden_size, num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cross_attention_states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        visual_cache: DynamicCache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        query_states = self.q_norm(self._split_heads(self.q_proj(hidden_states)))  # (B, heads, T, head_dim)
-        if cross_attention_states is not None:
-            key_states = self.k_norm(self._split_heads(self.k_proj(cross_attention_states)))
-            value_states = self._split_heads(self.v_proj(cross_attention_states))
-            if visual_cache is not None:
-                visual_cache.update(key_states, value_states, self.block_idx)
-        else:
-            cached = visual_cache.layers[self.block_idx]
-            key_states, value_states = cached.keys, cached.values
-
-        implementation = self.config._attn_implementation
-        if attention_mask is not None and "flash" in implementation:
-            implementation = "sdpa"  # flash attention takes masks of whole rows only
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attn_output, attn_weights = attention_interface(
-            self, query_states, key_states, value_states, attention_mask, scaling=self.scaling
-        )
-        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
-
-    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-
-class AureaCrossAttentionMLP(nn.Module):
-    def __init__(self, config: AureaConfig, hidden_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, config.cross_attention_intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, config.cross_attention_intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.cross_attention_intermediate_size, hidden_size, bias=False)
-        self.act_fn = ACT2FN["silu"]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-class AureaCrossAttentionBlock(nn.Module):
-    """Cross-attention and a gated MLP, each with its residual. Rows without a picture pass through unchanged."""
-
-    def __init__(self, config: AureaConfig, text_config, block_idx: int):
-        super().__init__()
-        self.input_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
-        self.cross_attn = AureaCrossAttention(config, text_config, block_idx)
-        self.post_attention_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
-        self.mlp = AureaCrossAttentionMLP(config, text_config.hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        cross_attention_states: torch.Tensor | None,
-        cross_attention_mask: torch.Tensor | None = None,
-        rows_with_image: torch.Tensor | None = None,
-        visual_cache: DynamicCache | None = None,
-        cross_attentions: list[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        attn_output, attn_weights = self.cross_attn(
-            self.input_layernorm(hidden_states), cross_attention_states, cross_attention_mask, visual_cache
-        )
-        if cross_attentions is not None and attn_weights is not None:
-            cross_attentions.append(attn_weights)
-        output = hidden_states + attn_output
-        output = output + self.mlp(self.post_attention_layernorm(output))
-        # A selection, not a product with zero: the contribution of a row without a picture is exactly none.
-        return output if rows_with_image is None else torch.where(rows_with_image, output, hidden_states)
-
-
-class WovenDecoderLayerMixin:
-    """A decoder layer with a cross-attention block before it (and, the last one, a closing block after it).
-
-    `__call__` turns the visual states from a keyword into the last positional argument: under reentrant gradient
-    checkpointing only positional tensors get gradients.
-    """
-
-    cross_attention_block: AureaCrossAttentionBlock | None
-    closing_cross_attention_block: AureaCrossAttentionBlock | None
-
-    def __call__(self, hidden_states, *args, cross_attention_states=None, **kwargs):
-        if self.training and getattr(self, "gradient_checkpointing", False) and cross_attention_states is not None:
-            kwargs["visual_cache"] = None  # a replayed forward must not write a second time
-        return super().__call__(hidden_states, *args, cross_attention_states, **kwargs)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args,
-        cross_attention_mask: torch.Tensor | None = None,
-        rows_with_image: torch.Tensor | None = None,
-        visual_cache: DynamicCache | None = None,
-        cross_attentions: list[torch.Tensor] | None = None,
-        **kwargs,
-    ):
-        *args, cross_attention_states = args
-        visual_inputs = (cross_attention_states, cross_attention_mask, rows_with_image, visual_cache, cross_attentions)
-        has_image = cross_attention_states is not None or visual_cache is not None
-        if has_image and self.cross_attention_block is not None:
-            hidden_states = self.cross_attention_block(hidden_states, *visual_inputs)
-        output = super().forward(hidden_states, *args, **kwargs)
-        if has_image and self.closing_cross_attention_block is not None:
-            if isinstance(output, tuple):
-                return (self.closing_cross_attention_block(output[0], *visual_inputs), *output[1:])
-            return self.closing_cross_attention_block(output, *visual_inputs)
-        return output
-
-
-class VisualStatesCacheMixin:
-    """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
-
-    `visual` holds one layer per block. `num_images` (batch,) counts the pictures of each row; it is None where every
-    token sees every visual state. `image_counts` (batch, tokens) counts the placeholders up to each token of the
-    cached text, so that a cache that was cropped still knows; a static cache, which cannot be, keeps the last only.
-    """
-
-    visual: DynamicCache
-    num_images: torch.Tensor | None
-    image_counts: torch.Tensor | None
-
-    @property
-    def images_seen(self) -> torch.Tensor | None:
-        """Placeholders in the cached text, (batch,); None for none counted."""
-        if self.image_counts is None or self.is_compileable:
-            return None if self.image_counts is None else self.image_counts[:, -1]
-        length = min(self.get_seq_length(), self.image_counts.shape[1])
-        return self.image_counts[:, length - 1] if length > 0 else None
-
-    @property
-    def has_visual_states(self) -> bool:
-        return len(self.visual.layers) > 0
-
-    def forget_visual_states(self):
-        self.visual = DynamicCache()  # without a config: with one, sliding windows would cut it
-        self.num_images = None
-
-    def count_images(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Pictures at or before each token (batch, T), those of the cached text included, from its placeholders."""
-        counts = image_tokens.long().cumsum(dim=1)
-        seen = self.images_seen
-        if seen is not None:
-            counts = counts + seen[:, None]
-        if self.num_images is not None:  # a placeholder that was generated is no picture
-            counts = torch.minimum(counts, self.num_images[:, None])
-        if not self.is_compileable:
-            past_length = self.get_seq_length()
-            past = counts.new_zeros(len(counts), 0) if seen is None else self.image_counts[:, :past_length]
-            # Tokens that nobody counted: none before the first picture, or all of a row that sees everything.
-            missing = past_length - past.shape[1]
-            uncounted = (torch.zeros_like(counts[:, 0]) if seen is None else seen)[:, None].expand(-1, missing)
-            self.image_counts = torch.cat([past, uncounted, counts], dim=1)
-        elif seen is None:
-            self.image_counts = counts[:, -1:].clone()
-        else:
-            self.image_counts.copy_(counts[:, -1:])  # in place, as all of a static cache
-        return counts
-
-    def reset(self):
-        super().reset()
-        self.forget_visual_states()
-        self.image_counts = None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        super().reorder_cache(beam_idx)
-        self.visual.reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int):
-        super().batch_repeat_interleave(repeats)
-        self.visual.batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor):
-        super().batch_select_indices(indices)
-        self.visual.batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
-
-    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]):
-        self.num_images = None if self.num_images is None else function(self.num_images)
-        self.image_counts = None if self.image_counts is None else function(self.image_counts)
-
-
-@functools.cache
-def _woven_class(mixin: type, base: type) -> type:
-    """The subclass of `base` with `mixin` in front, under the name of `base`, by which tools find decoder layers."""
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__reduce__": _reduce_woven})
-
-
-def _reduce_woven(self):
-    mixin, base = type(self).__bases__
-    return _rebuild_woven, (mixin, base), self.__dict__
-
-
-def _rebuild_woven(mixin: type, base: type):
-    woven = _woven_class(mixin, base)
-    return woven.__new__(woven)
-
-
-def _weave_cache(cache: Cache):
-    """Make the caller's own cache keep visual states, in place."""
-    if not isinstance(cache, VisualStatesCacheMixin):
-        cache.__class__ = _woven_class(VisualStatesCacheMixin, type(cache))
-        cache.image_counts = None
-        cache.forget_visual_states()
-
-
-def _holds_visual_states(cache: Cache | None) -> bool:
-    return isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
-
-
-def _decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules."""
-    num_layers = language_model.config.num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in language_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not lists:
-        raise ValueError(
-            f"{type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into which "
-            "cross-attention blocks could be woven."
-        )
-    return min(lists, key=lambda named: named[0].count("."))
-
-
 def _image_counts(image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None) -> list[int]:
     """Pictures of each row, from the placeholders `image_tokens` (batch, T) and those in the cached text before it."""
     counts = image_tokens.sum(dim=1)
@@ -416,7 +170,7 @@ def _has_text_that_should_have_seen(cache: Cache, counts: list[int]) -> bool:
     """Whether rows that now have pictures were cached before their first: that text sees it when nothing is cached."""
     if cache.get_seq_length() == 0:
         return False
-    if not _holds_visual_states(cache):
+    if not holds_visual_states(cache):
         return any(counts)
     had = [1] * len(counts) if cache.num_images is None else cache.num_images.tolist()
     return any(count and not before for count, before in zip(counts, had))
@@ -524,7 +278,7 @@ class AureaModel(AureaPreTrainedModel):
         self._tp_plan.update(self._cross_attention_tp_plan())
 
     def _weave_cross_attention(self):
-        _, layers = _decoder_layers(self.language_model)
+        _, layers = decoder_layers(self.language_model)
         block_idx = {position: idx for idx, position in enumerate(self.config.cross_attention_positions)}
 
         def block(position: int) -> AureaCrossAttentionBlock | None:
@@ -534,7 +288,7 @@ class AureaModel(AureaPreTrainedModel):
 
         # Every layer, also those without a block, so that no keyword of ours reaches the decoder's attention.
         for position, layer in enumerate(layers):
-            layer.__class__ = _woven_class(WovenDecoderLayerMixin, type(layer))
+            layer.__class__ = woven_class(WovenDecoderLayerMixin, type(layer))
             layer.cross_attention_block = block(position)
             layer.closing_cross_attention_block = block(len(layers)) if position + 1 == len(layers) else None
 
@@ -546,7 +300,7 @@ class AureaModel(AureaPreTrainedModel):
             # Each process has some of the heads, and with them a part of these norms' gradients.
             **dict.fromkeys(("cross_attn.q_norm", "cross_attn.k_norm"), "replicated_with_grad_allreduce"),
         }
-        prefix = f"language_model.{_decoder_layers(self.language_model)[0]}.*"
+        prefix = f"language_model.{decoder_layers(self.language_model)[0]}.*"
         blocks = ("cross_attention_block", "closing_cross_attention_block")
         return {f"{prefix}.{block}.{name}": style for block in blocks for name, style in plan.items()}
 
@@ -703,15 +457,7 @@ class AureaModel(AureaPreTrainedModel):
             image_features, auxiliary_losses = image_outputs.pooler_output, image_outputs.auxiliary_losses
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
         elif cross_attention_states is None and past_key_values is None and self._needs_image_branch():
-            # A step of text alone. Its rows look at nothing, and every parameter that trains gets a gradient, of zero:
-            # without one, DistributedDataParallel would wait for it, and if only these parameters train, the loss
-            # would have no gradient at all.
-            canvas = (max(sides) for sides in zip(*self.config.view_sizes))
-            blank = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
-            image_outputs = self.get_image_features(blank)
-            auxiliary_losses = image_outputs.auxiliary_losses
-            cross_attention_states = image_outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
-            num_images = image_tokens.new_zeros(len(image_tokens), dtype=torch.long)
+            cross_attention_states, num_images, auxiliary_losses = self._unseen_picture(image_tokens)
 
         if use_cache is None:  # Trainer turns it off in the configuration of the whole
             use_cache = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", False))
@@ -742,6 +488,18 @@ class AureaModel(AureaPreTrainedModel):
             auxiliary_losses=auxiliary_losses,
         )
 
+    def _unseen_picture(self, image_tokens: torch.Tensor):
+        """Visual states, pictures per row and auxiliary losses for a step of text alone.
+
+        Its rows look at nothing, and every parameter that trains gets a gradient, of zero: without one,
+        DistributedDataParallel would wait for it, and if only these parameters train, the loss would have no gradient
+        at all.
+        """
+        canvas = (max(sides) for sides in zip(*self.config.view_sizes))
+        outputs = self.get_image_features(torch.zeros(1, 2, 3, *canvas, device=image_tokens.device))
+        states = outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
+        return states, image_tokens.new_zeros(len(image_tokens), dtype=torch.long), outputs.auxiliary_losses
+
     def _needs_image_branch(self) -> bool:
         """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
         are sharded, and processes whose batch has pictures wait for all others to take part in gathering them."""
@@ -764,11 +522,11 @@ class AureaModel(AureaPreTrainedModel):
     ) -> dict[str, torch.Tensor | DynamicCache | None]:
         """The keywords that the decoder hands to its layers; none where there is no picture, new or cached."""
         is_new = cross_attention_states is not None
-        if not is_new and not _holds_visual_states(cache):
+        if not is_new and not holds_visual_states(cache):
             self._warn_of_placeholders_without_pictures(image_tokens, cache)
             return {}
         if is_new and cache is not None:
-            _weave_cache(cache)
+            weave_cache(cache)
             cache.forget_visual_states()
             cache.num_images = num_images
         elif not is_new:
@@ -984,7 +742,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         )
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
-        is_cached = _holds_visual_states(past_key_values)
+        is_cached = holds_visual_states(past_key_values)
         if cross_attention_states is not None and not is_cached:
             model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
         elif cross_attention_states is None and pixel_values is not None and not is_cached:
@@ -1008,7 +766,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
         pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
         cache = model_kwargs.get("past_key_values")
-        has_cached_states = _holds_visual_states(cache)
+        has_cached_states = holds_visual_states(cache)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
             # in the first round; after that its cache knows.
