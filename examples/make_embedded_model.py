@@ -85,6 +85,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
         spatial_vision_config={
             "model_type": "dinov2_with_registers",
             "mlp_ratio": 4,
+            "layerscale_value": 0.3,
             "initializer_range": initializer_range,
             **encoder,
         },
@@ -111,6 +112,21 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
     )
 
 
+@torch.no_grad()
+def let_patches_differ(model: AureaForConditionalGeneration):
+    """Encoders start with what a patch shows and where it lies, and little of what all patches have in common.
+
+    As SigLIP2 and DINOv2 start, attention hands each patch mostly the mean of all. Small encoders trained from that
+    give in to the mean before they have learned to see.
+    """
+    semantic, spatial = model.model.vision_model, model.model.spatial_vision_model
+    semantic.embeddings.position_embedding.weight.mul_(3)
+    spatial.embeddings.position_embeddings.mul_(5)
+    for layer in semantic.encoder.layers:  # the spatial encoder has a configured `layerscale_value`
+        layer.self_attn.out_proj.weight.mul_(0.3)
+        layer.mlp.fc2.weight.mul_(0.3)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True)
@@ -122,6 +138,7 @@ def main():
     processor = make_processor()
     torch.manual_seed(args.seed)
     model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, args.fusion_type))
+    let_patches_differ(model)
     model.generation_config = GenerationConfig(
         bos_token_id=processor.tokenizer.bos_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
