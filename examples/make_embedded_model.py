@@ -73,21 +73,23 @@ def make_processor() -> AureaProcessor:
 def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str) -> AureaConfig:
     # At this width the usual 0.02 would leave a picture a thousandth of a token's size, and it would be found late.
     initializer_range = 0.08
-    encoder = {
-        "image_size": IMAGE_SIZE,
-        "patch_size": 8,
-        "hidden_size": width,
-        "num_hidden_layers": 3,
-        "num_attention_heads": width // 32,
-    }
     return AureaConfig(
-        vision_config={"model_type": "siglip_vision_model", "intermediate_size": 4 * width, **encoder},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "image_size": IMAGE_SIZE,
+            "patch_size": 8,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": 3,
+            "num_attention_heads": width // 32,
+        },
+        # Its overlapping filters tell shapes apart after minutes of training, where a small transformer takes hours.
         spatial_vision_config={
-            "model_type": "dinov2_with_registers",
-            "mlp_ratio": 4,
-            "layerscale_value": 0.3,
-            "initializer_range": initializer_range,
-            **encoder,
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": width // 2,
+            "hidden_sizes": [width // 2, width],
+            "depths": [1, 2],
         },
         fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
         text_config={
@@ -114,15 +116,14 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
 
 @torch.no_grad()
 def let_patches_differ(model: AureaForConditionalGeneration):
-    """Encoders start with what a patch shows and where it lies, and little of what all patches have in common.
+    """The semantic encoder starts with what a patch shows and where it lies, and little of what all have in common.
 
-    As SigLIP2 and DINOv2 start, attention hands each patch mostly the mean of all. Small encoders trained from that
-    give in to the mean before they have learned to see.
+    As SigLIP2 starts, attention hands each patch mostly the mean of all. A small encoder trained from that gives in to
+    the mean before it has learned to see.
     """
-    semantic, spatial = model.model.vision_model, model.model.spatial_vision_model
-    semantic.embeddings.position_embedding.weight.mul_(3)
-    spatial.embeddings.position_embeddings.mul_(5)
-    for layer in semantic.encoder.layers:  # the spatial encoder has a configured `layerscale_value`
+    encoder = model.model.vision_model
+    encoder.embeddings.position_embedding.weight.mul_(3)
+    for layer in encoder.encoder.layers:
         layer.self_attn.out_proj.weight.mul_(0.3)
         layer.mlp.fc2.weight.mul_(0.3)
 
