@@ -40,7 +40,7 @@ def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
                 *("train.py", "--args_file", EXAMPLES / "embedded.args"),
                 *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
                 *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
-                *("--dataloader_num_workers", 0, "--disable_tqdm", "True"),
+                *("--per_device_train_batch_size", 16),  # in one process what the embedded model's two had
             ],
             ["evaluate_scenes.py", "--model_name_or_path", trained, "--scenes", args.eval_scenes, "--output", scores],
         ]
