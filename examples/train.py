@@ -93,9 +93,12 @@ class DataArguments:
     scenes: int = field(default=10_000, metadata={"help": "Training pictures of the scene world."})
     eval_scenes: int = field(default=200, metadata={"help": "Test pictures of the scene world."})
     first_scene: int = field(default=0, metadata={"help": "Skip so many training scenes."})
-    curriculum: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Of the scene world, e.g. 0.1:1 0.3:2: one object in the first tenth, then two to 30 %."},
+    curriculum: str = field(
+        default="[]",
+        metadata={
+            "help": 'Of the scene world, JSON: [[0.1, 1], [0.3, 2, {"color": 4}]], one object in the first tenth, '
+            "then up to two, and only questions of these kinds, until 30 %."
+        },
     )
     questions_per_kind: str = field(default="1", metadata={"help": "A number, or JSON: {kind: number}."})
     recolor: str = field(
@@ -160,7 +163,7 @@ def load_rows(name: str, args: DataArguments):
     """A dataset of conversations, by what its name is."""
     if name == "scenes":
         counts = json.loads(args.questions_per_kind)
-        curriculum = [(float(share), int(number)) for share, number in (step.split(":") for step in args.curriculum)]
+        curriculum = json.loads(args.curriculum)
         seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
         recolor = json.loads(args.recolor)
         return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts, recolor=recolor)

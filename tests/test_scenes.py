@@ -13,6 +13,7 @@ from PIL import Image
 
 from transformers_aurea import scenes
 from transformers_aurea.scenes import (
+    IMAGE_SIZE,
     KINDS,
     SceneDataset,
     describe_f1,
@@ -334,6 +335,35 @@ def test_curriculum_begins_with_few_objects():
     rows = SceneDataset(range(40), curriculum=[(0.5, 2), (0.25, 1)], kinds=["describe"])
     numbers = [len(asked(row)[0][1].split(",")) for row in rows]
     assert set(numbers[:10]) == {1} and set(numbers[10:20]) == {1, 2} and max(numbers[20:]) > 2
+
+
+def test_stage_of_a_curriculum_names_its_kinds():
+    stages = [(0.5, 2, {"locate": 2, "count": 1}), (0.75, 3)]
+    rows = SceneDataset(range(40), curriculum=stages, questions_per_kind={"color": 2})
+    for index in range(20):
+        expected = make_scene(index, max_objects=2, kinds=("locate", "count"), questions_per_kind={"locate": 2})[1]
+        assert sorted(asked(rows[index])) == sorted((question, answer) for _, question, answer in expected)
+    later = make_scene(25, max_objects=3, questions_per_kind={"color": 2})[1]
+    assert sorted(asked(rows[25])) == sorted((question, answer) for _, question, answer in later)
+    assert not [question for index in range(20, 40) for question, _ in asked(rows[index]) if "Where" in question]
+
+
+def test_place_is_the_cell_of_the_named_object():
+    for seed in range(200):
+        (thing,) = scene_objects(seed, max_objects=1)
+        ((kind, question, answer),) = make_scene(seed, max_objects=1, kinds=["locate"])[1]
+        column, row = (NUMBERS.index(word) for word in answer.split(", "))
+        assert kind == "locate" and question == "Where is the object?"
+        assert column * IMAGE_SIZE / 6 <= thing.x < (column + 1) * IMAGE_SIZE / 6
+        assert row * IMAGE_SIZE / 6 <= thing.y < (row + 1) * IMAGE_SIZE / 6
+    # Among several the answer is that of the one named.
+    for seed in range(100):
+        things = scene_objects(seed)
+        for _, question, answer in make_scene(seed, kinds=["locate"], questions_per_kind=5)[1]:
+            words = question.removeprefix("Where is the ").removesuffix("?").split()
+            named = [t for t in things if {*words} - {"object"} <= {t.size, t.color, t.shape}]
+            places = {f"{NUMBERS[int(t.x * 6 / IMAGE_SIZE)]}, {NUMBERS[int(t.y * 6 / IMAGE_SIZE)]}" for t in named}
+            assert len(named) == 1 and places == {answer}
 
 
 def test_questions_by_kind_are_one_to_a_conversation():

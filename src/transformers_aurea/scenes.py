@@ -39,6 +39,8 @@ ORDER_GAP = 8
 RELATION_GAP = 14
 
 KINDS = ("color", "shape", "size", "count", "existence", "left_right", "above_below", "describe")
+# Asked only where named, to train: it shows the way from a name to a place, which relations begin with.
+TRAINING_KINDS = ("locate",)
 SIZES = ("small", "medium", "large")
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -76,16 +78,26 @@ _QUESTIONS = {
     "right": ("Is the {} right of the {}?", "Is the {} to the right of the {}?"),
     "above": ("Is the {} above the {}?",),
     "below": ("Is the {} below the {}?",),
+    "locate": ("Where is the {}?",),
     "describe": ("Describe the image.", "Describe the picture.", "What is in the image?"),
 }
 
-# Every word and punctuation mark of every question and answer, as `\w+|[^\w\s]` splits them.
+# Every word and punctuation mark of the questions and answers of `KINDS`, as `\w+|[^\w\s]` splits them.
 VOCABULARY = tuple(
     sorted(
-        {token for texts in _QUESTIONS.values() for text in texts for token in re.findall(r"\w+|[.?]", text)}
+        {
+            token
+            for kind, texts in _QUESTIONS.items()
+            if kind not in TRAINING_KINDS
+            for text in texts
+            for token in re.findall(r"\w+|[.?]", text)
+        }
         | {*SIZES, *COLORS, *SHAPES, *NUMBERS, *_PLURALS, *_PLURALS.values(), "yes", "no", "a", "an", ","}
     )
 )
+
+# The dice of a seed: 0 makes the picture, each kind has its own.
+_STREAMS = {name: 1 + index for index, name in enumerate((*KINDS, "order of turns", *TRAINING_KINDS))}
 
 _Option = TypeVar("_Option")
 
@@ -118,7 +130,7 @@ def make_scene(
     on `seed`, `max_objects` and `recolor` only, the questions of a kind not on the other kinds.
 
     Args:
-        kinds: which of `KINDS` to ask; by default all.
+        kinds: which of `KINDS` and `TRAINING_KINDS` to ask; by default all of `KINDS`.
         max_objects: at most this many objects, 1 to 5.
         questions_per_kind: up to so many different questions of each kind, or of the kinds named, and one of the
             others.
@@ -130,11 +142,11 @@ def make_scene(
     """
     kinds = KINDS if kinds is None else tuple(kinds)
     counts = (
-        questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(KINDS, questions_per_kind)
+        questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(kinds, questions_per_kind)
     )
     for kind in (*kinds, *counts):
-        if kind not in KINDS:
-            raise ValueError(f"Unknown kind {kind!r}: the kinds are {', '.join(KINDS)}.")
+        if kind not in _ASKERS:
+            raise ValueError(f"Unknown kind {kind!r}: the kinds are {', '.join(_ASKERS)}.")
     for count in counts.values():
         if not _is_integer(count) or count < 1:
             raise ValueError(f"questions_per_kind must be an integer from 1 on, not {count!r}.")
@@ -152,7 +164,7 @@ def make_scene(
     questions = [
         (kind, _rename(question, recolor), _rename(answer, recolor))
         for kind in kinds
-        for question, answer in _ask(_dice(seed, 1 + KINDS.index(kind)), objects, kind, counts.get(kind, 1))
+        for question, answer in _ask(_dice(seed, _STREAMS[kind]), objects, kind, counts.get(kind, 1))
     ]
     return picture, questions
 
@@ -185,7 +197,8 @@ class SceneDataset(Sequence):
     Args:
         seeds: one per scene.
         curriculum: `((share, max_objects), ...)`: scenes before this share of the dataset have at most so many
-            objects. Meant for sampling in order.
+            objects. In a stage `(share, max_objects, {kind: number})` so many questions of these kinds are asked and
+            no others. Meant for sampling in order.
         kinds, questions_per_kind, recolor: see `make_scene`.
     """
 
@@ -193,13 +206,13 @@ class SceneDataset(Sequence):
         self,
         seeds: Sequence[int],
         *,
-        curriculum: Iterable[tuple[float, int]] = (),
+        curriculum: Iterable[tuple[float, int] | tuple[float, int, Mapping[str, int]]] = (),
         kinds: Iterable[str] | None = None,
         questions_per_kind: int | Mapping[str, int] = 1,
         recolor: Mapping[str, tuple[str, tuple[int, int, int]]] | None = None,
     ):
         self.seeds = seeds
-        self.curriculum = sorted(curriculum)
+        self.curriculum = sorted(curriculum, key=lambda stage: stage[0])
         self.kinds = kinds
         self.questions_per_kind = questions_per_kind
         self.recolor = recolor
@@ -210,15 +223,16 @@ class SceneDataset(Sequence):
     def __getitem__(self, index: int) -> dict:
         index = range(len(self.seeds))[index]
         seed, share = self.seeds[index], index / len(self.seeds)
-        max_objects = next((number for end, number in self.curriculum if share < end), None)
+        stage = next((stage for stage in self.curriculum if share < stage[0]), (1, None))
+        _, max_objects, counts = (*stage, None)[:3]
         picture, questions = make_scene(
             seed,
-            kinds=self.kinds,
+            kinds=self.kinds if counts is None else counts,
             max_objects=max_objects,
-            questions_per_kind=self.questions_per_kind,
+            questions_per_kind=self.questions_per_kind if counts is None else counts,
             recolor=self.recolor,
         )
-        dice = _dice(seed, 1 + len(KINDS))
+        dice = _dice(seed, _STREAMS["order of turns"])
         questions = sorted(questions, key=lambda _: dice.random())
         return _conversation(f"scene {seed}", picture, [(question, answer) for _, question, answer in questions])
 
@@ -586,6 +600,14 @@ def _ask_relation(
     return _pick(dice, _QUESTIONS[word]).format(first, second), answer
 
 
+def _ask_place(dice: Random, objects: list[SceneObject]) -> tuple[str, str]:
+    """Where is the ...? Its column and its row among six, counted from zero."""
+    scene_object = _pick(dice, objects)
+    column, row = (NUMBERS[int(center * len(NUMBERS) / IMAGE_SIZE)] for center in (scene_object.x, scene_object.y))
+    name = _pick(dice, _names(scene_object, objects, tuple(_WORDS)))
+    return _pick(dice, _QUESTIONS["locate"]).format(name), f"{column}, {row}"
+
+
 def _ask_description(dice: Random, objects: list[SceneObject]) -> tuple[str, str]:
     from_left = sorted(objects, key=lambda scene_object: scene_object.x)
     answer = ", ".join(_with_article(_noun(o.size, o.color, o.shape)) for o in from_left)
@@ -601,6 +623,7 @@ _ASKERS: dict[str, Callable[[Random, list[SceneObject]], tuple[str, str] | None]
     "left_right": lambda dice, objects: _ask_relation(dice, objects, "x", ("left", "right")),
     "above_below": lambda dice, objects: _ask_relation(dice, objects, "y", ("above", "below")),
     "describe": _ask_description,
+    "locate": _ask_place,
 }
 
 
