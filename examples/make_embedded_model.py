@@ -7,6 +7,7 @@ Its tokenizer is a byte-level BPE that has the words of the scene world and spel
 """
 
 import argparse
+import math
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -115,15 +116,26 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
     )
 
 
+def grid_waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of the column, then of the row, of each of side × side patches: (side², width)."""
+    place = (torch.arange(side) + 0.5) / side
+    turns = 0.25 * 16 ** torch.linspace(0, 1, width // 4)  # from a quarter of a period per picture to four
+    angles = 2 * math.pi * place[:, None] * turns
+    waves = torch.cat((angles.sin(), angles.cos()), dim=1)
+    return torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, dim=0)), dim=1)
+
+
 @torch.no_grad()
 def let_patches_differ(model: AureaForConditionalGeneration):
     """The semantic encoder starts with what a patch shows and where it lies, and little of what all have in common.
 
     As SigLIP2 starts, attention hands each patch mostly the mean of all, and such an encoder was seen to end up with
-    nearly the same features for every patch of every picture.
+    nearly the same features for every patch of every picture. From random position embeddings what is above what was
+    learned late and badly: places start as waves over the picture, as in MAE (https://arxiv.org/abs/2111.06377).
     """
     encoder = model.model.vision_model
-    encoder.embeddings.position_embedding.weight.mul_(3)
+    positions = encoder.embeddings.position_embedding.weight
+    positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
     for layer in encoder.encoder.layers:
         layer.self_attn.out_proj.weight.mul_(0.3)
         layer.mlp.fc2.weight.mul_(0.3)
