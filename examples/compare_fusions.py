@@ -1,11 +1,11 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Train the small model of the scene world with each fusion, from several seeds, and compare.
 
-    python examples/compare_fusions.py --output_dir comparison --seeds 0 1 2 --scenes 48000
+    python examples/compare_fusions.py --output_dir comparison --seeds 0 1 2
 
-All runs get the same pictures in the same order, as many steps, and the schedule of the embedded model; a seed fixes
-the first weights. Prints, per fusion, the mean exact match on test scenes and its standard deviation over the seeds,
-and writes every run's figures to `comparison.json`. What was cut off goes on where it was.
+All runs get the same pictures in the same order, scenes of one object and then of up to two, and as many steps; a seed
+fixes the first weights. Prints, per fusion, the mean exact match on test scenes of up to two objects and its standard
+deviation over the seeds, and writes every run's figures to `comparison.json`. What was cut off goes on where it was.
 """
 
 import argparse
@@ -25,6 +25,7 @@ EXAMPLES = Path(__file__).parent
 # Both encoders train, but the one that a fusion does not use.
 GROUPS = ("vision", "spatial_vision", "fusion", "projector", "cross_attention", "language_model")
 UNUSED = {"semantic": "spatial_vision", "spatial": "vision"}
+CURRICULUM = "[[0.3, 1], [1, 2]]"
 
 
 def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
@@ -40,9 +41,12 @@ def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
                 *("train.py", "--args_file", EXAMPLES / "embedded.args"),
                 *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
                 *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
-                *("--per_device_train_batch_size", 16),  # in one process what the embedded model's two had
+                *("--curriculum", CURRICULUM, "--per_device_train_batch_size", 16),
             ],
-            ["evaluate_scenes.py", "--model_name_or_path", trained, "--scenes", args.eval_scenes, "--output", scores],
+            [
+                *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
+                *("--scenes", args.eval_scenes, "--max_objects", 2),
+            ],
         ]
         with open(folder / "log.txt", "a") as log:
             for script, *options in commands:
@@ -75,7 +79,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--fusion_types", nargs="+", default=list(FUSIONS), choices=list(FUSIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=48_000, help="training pictures of each run (default: 48000)")
+    parser.add_argument("--scenes", type=int, default=16_000, help="training pictures of each run (default: 16000)")
     parser.add_argument("--eval_scenes", type=int, default=500, help="test pictures (default: 500)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()

@@ -1,10 +1,11 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""Ask a model about scenes it was not trained on, and once more about black pictures.
+"""Ask a model about scenes it was not trained on, and once more about black pictures and about the wrong ones.
 
-    python examples/evaluate_scenes.py --model_name_or_path FOLDER --scenes 1000
+    python examples/evaluate_scenes.py [--model_name_or_path FOLDER] --scenes 1000
 
-Prints, for each kind of question: exact match of what `generate` answers greedily; the same with every picture black;
-and the share of the commonest answer, which a good guesser reaches. Descriptions are scored by their objects too (F1).
+Prints, for each kind of question: exact match of what `generate` answers greedily; the same with every picture black,
+and with that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions
+are scored by their objects too (F1).
 """
 
 import argparse
@@ -16,8 +17,17 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import transformers_aurea  # noqa: F401, the Auto classes know Aurea from here on
-from transformers_aurea.scenes import IMAGE_SIZE, KINDS, describe_f1, make_scene, scene_digest, test_seeds, train_seeds
+from transformers_aurea import embedded_model_path
+from transformers_aurea.scenes import (
+    IMAGE_SIZE,
+    KINDS,
+    SceneDataset,
+    describe_f1,
+    make_scene,
+    scene_digest,
+    test_seeds,
+    train_seeds,
+)
 
 
 BLACK = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
@@ -49,67 +59,98 @@ def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: 
     return found
 
 
-def evaluate(model, processor, seeds, batch_size: int = 64, recolor=None) -> dict[str, dict[str, float]]:
-    """Scores by kind and, under "all", over all questions; of a recolored world also over those with a new word."""
-    questions = []
-    for seed in seeds:
-        picture, asked = make_scene(seed, recolor=recolor)
-        questions += [(picture, *question) for question in asked]
-    new_words = {word for word, _ in (recolor or {}).values()}
-    seen = answers(model, processor, [(picture, question) for picture, _, question, _ in questions], batch_size)
-    blind = answers(model, processor, [(BLACK, question) for _, _, question, _ in questions], batch_size)
+def evaluate(model, processor, seeds, batch_size: int = 64, **scene_options) -> dict[str, dict[str, float]]:
+    """Scores by kind and, under "all", over all questions; of a recolored world also over those with a new word.
 
+    `scene_options` are those of `make_scene`: `max_objects`, `recolor`.
+    """
+    scenes = [make_scene(seed, **scene_options) for seed in seeds]
+    questions = [(index, *question) for index, (_, asked) in enumerate(scenes) for question in asked]
+    pictures = [picture for picture, _ in scenes]
+    views = {
+        "exact_match": pictures,
+        "black_picture": [BLACK] * len(pictures),
+        "wrong_picture": pictures[-1:] + pictures[:-1],
+    }
+    said = [
+        answers(model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size)
+        for shown in views.values()
+    ]
+
+    new_words = {word for word, _ in (scene_options.get("recolor") or {}).values()}
     by_kind = defaultdict(list)
-    for (_, kind, question, expected), with_picture, with_black in zip(questions, seen, blind):
-        kinds = (kind, "all", "new words") if any(word in question + expected for word in new_words) else (kind, "all")
-        for name in kinds:
-            by_kind[name].append((expected, with_picture, with_black))
+    for (_, kind, question, expected), *found in zip(questions, *said):
+        names = (kind, "all", "new words") if any(word in question + expected for word in new_words) else (kind, "all")
+        for name in names:
+            by_kind[name].append((expected, found))
     scores = {}
-    for kind in (*KINDS, "all", "new words"):
+    for kind in filter(by_kind.get, (*KINDS, "all", "new words")):
         rows = by_kind[kind]
-        if not rows:
-            continue
-        scores[kind] = {
-            "questions": len(rows),
-            "exact_match": sum(expected == seen for expected, seen, _ in rows) / len(rows),
-            "black_picture": sum(expected == blind for expected, _, blind in rows) / len(rows),
+        scores[kind] = {"questions": len(rows)} | {
+            view: sum(expected == found[index] for expected, found in rows) / len(rows)
+            for index, view in enumerate(views)
         }
         if kind in KINDS:
-            commonest = Counter(expected for expected, _, _ in rows).most_common(1)[0][1]
+            commonest = Counter(expected for expected, _ in rows).most_common(1)[0][1]
             scores[kind]["commonest_answer"] = commonest / len(rows)
         if kind == "describe":
-            scores[kind]["f1"] = sum(describe_f1(seen, expected) for expected, seen, _ in rows) / len(rows)
-            scores[kind]["black_picture_f1"] = sum(describe_f1(b, expected) for expected, _, b in rows) / len(rows)
+            scores[kind] |= {
+                f"{view}_f1": sum(describe_f1(found[index], expected) for expected, found in rows) / len(rows)
+                for index, view in enumerate(views)
+            }
     return scores
+
+
+def training_pictures(args_file: Path) -> SceneDataset:
+    """What `train.py --args_file` trains on, without questions."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--scenes", type=int, required=True)
+    parser.add_argument("--curriculum", type=json.loads, default=[])
+    args, _ = parser.parse_known_args(args_file.read_text().split())
+    return SceneDataset(train_seeds(args.scenes), kinds=(), curriculum=[stage[:2] for stage in args.curriculum])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--model_name_or_path", help="folder or hub id (default: the embedded model)")
     parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
     parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--train_scenes", type=int, default=0, help="look for test pictures among so many of training")
+    parser.add_argument("--train_args", type=Path, help="look for test pictures among those trained on with this file")
+    parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
     parser.add_argument("--recolor", type=json.loads, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
 
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, device_map="auto").eval()
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path)
+    folder = args.model_name_or_path or embedded_model_path()
+    model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
+    processor = AutoProcessor.from_pretrained(folder)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(model, processor, seeds, args.batch_size, args.recolor)
-    print(f"{'kind':<12} {'questions':>9} {'exact':>7} {'black':>7} {'commonest':>9}")
+    scores = evaluate(model, processor, seeds, args.batch_size, recolor=args.recolor, max_objects=args.max_objects)
+    columns = {
+        "exact_match": "exact",
+        "black_picture": "black",
+        "wrong_picture": "wrong picture",
+        "commonest_answer": "commonest answer",
+    }
+    print(f"{'kind':<12} {'questions':>9}  {'  '.join(columns.values())}")
     for kind, row in scores.items():
-        commonest = f"{row['commonest_answer']:9.1%}" if "commonest_answer" in row else ""
-        f1 = f"  F1 {row['f1']:.3f}, black {row['black_picture_f1']:.3f}" if "f1" in row else ""
-        print(
-            f"{kind:<12} {row['questions']:>9} {row['exact_match']:>7.1%} {row['black_picture']:>7.1%} {commonest}{f1}"
+        cells = [f"{row[column]:{len(title)}.1%}" for column, title in columns.items() if column in row]
+        print(f"{kind:<12} {row['questions']:>9}  {'  '.join(cells)}")
+    f1 = [f"{title} {scores['describe'][f'{view}_f1']:.3f}" for view, title in list(columns.items())[:3]]
+    print(f"describe, F1 of the objects: {', '.join(f1)}")
+    if args.train_args:
+        pictures = training_pictures(args.train_args)
+        trained = {scene_digest(row["images"][0]) for row in pictures}
+        equal = sum(
+            scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) in trained for seed in seeds
         )
-    if args.train_scenes:
-        trained = {scene_digest(make_scene(seed, kinds=())[0]) for seed in train_seeds(args.train_scenes)}
-        equal = sum(scene_digest(make_scene(seed, kinds=())[0]) in trained for seed in seeds)
-        print(f"{equal} of {len(seeds)} test pictures equal one of {args.train_scenes} training pictures")
-        scores["all"]["equal_to_training_pictures"] = equal
+        print(f"{equal} of {len(seeds)} test pictures equal one of {len(pictures)} training pictures")
+        scores["all"] |= {
+            "pictures": len(seeds),
+            "equal_to_training_pictures": equal,
+            "training_pictures": len(pictures),
+        }
     if args.output:
         args.output.write_text(json.dumps(scores, indent=1) + "\n")
 

@@ -1,57 +1,57 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""Ask Aurea about a picture, with nothing but transformers' Auto classes.
+"""Ask Aurea about pictures, with nothing but transformers' Auto classes.
 
-    python examples/quickstart.py [--model FOLDER] [--image PICTURE] [--prompt "What is in this picture?"]
+    python examples/quickstart.py [--model FOLDER] [--image PICTURE] [--prompt "How many stars are there?" ...]
 
-Without `--model` the tiny published checkpoint of the tests is converted first. Its weights are random numbers, so its
-words are noise; they are the same noise as the original code's.
+Without `--model` the embedded model answers, which was trained on made-up scenes; without `--image` it sees a scene
+that it was not trained on, which is written to `scene.png`, and is asked the scene's own questions.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-
-FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
-
-
-def convert_tiny_checkpoint(output: Path) -> Path:
-    if not output.exists():
-        command = [sys.executable, "-m", "transformers_aurea.convert_aurea_weights_to_hf", "--verify"]
-        command += ["--input_dir", FIXTURES / "published", "--config", FIXTURES / "tiny_config.json"]
-        subprocess.run([*command, "--output_dir", output], check=True)
-    return output
+from transformers_aurea import embedded_model_path
+from transformers_aurea.scenes import make_scene, test_seeds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a converted model")
-    parser.add_argument("--image", default=str(FIXTURES / "image_rgb.png"), help="path or URL of a picture")
-    parser.add_argument("--prompt", default="How many remote control devices are in this image?")
-    parser.add_argument("--max_new_tokens", type=int, default=12)
+    parser.add_argument("--model", help="model folder or hub id (default: the embedded model)")
+    parser.add_argument("--image", help="path or URL of a picture (default: a scene)")
+    parser.add_argument("--scene", type=int, default=1, help="which of the scenes that were not trained on")
+    parser.add_argument("--prompt", nargs="+", help="what to ask (default: the scene's questions)")
+    parser.add_argument("--max_new_tokens", type=int, default=48)
     args = parser.parse_args()
+    if args.image is not None and args.prompt is None:
+        parser.error("with --image, --prompt must say what to ask")
+    if args.scene < 0:
+        parser.error(f"--scene must be 0 or greater, not {args.scene}")
 
-    if args.model is not None and not args.model.is_dir():
-        parser.error(f"--model {args.model} is no folder")
-    folder = args.model if args.model is not None else convert_tiny_checkpoint(Path("aurea-tiny"))
+    image, asked = args.image, [(prompt, None) for prompt in args.prompt or ()]
+    if image is None:
+        picture, questions = make_scene(test_seeds(args.scene + 1)[-1])
+        picture.save("scene.png")
+        image, asked = "scene.png", asked or [(question, answer) for _, question, answer in questions]
+
+    folder = args.model or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    content = [{"type": "image", "path": args.image}, {"type": "text", "text": args.prompt}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    generated = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
-    tokens = generated[0, inputs["input_ids"].shape[1] :]
-    print(f"picture: {args.image}, pixel_values {tuple(inputs['pixel_values'].shape)}")
-    print(f"prompt:  {args.prompt}")
-    print(f"answer:  {processor.decode(tokens)!r}, tokens {tokens.tolist()}")
+    print(f"{Path(folder).name}: {model.num_parameters():,} parameters, looking at {image}")
+    for prompt, expected in asked:
+        content = [{"type": "image", "path": image}, {"type": "text", "text": prompt}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        generated = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        answer = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        verdict = "" if expected is None or answer == expected else f"    (it is: {expected})"
+        print(f"  {prompt:<64} {answer}{verdict}")
 
 
 if __name__ == "__main__":

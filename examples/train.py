@@ -8,10 +8,10 @@
         --spatial_vision facebook/dinov2-with-registers-base --dataset HuggingFaceH4/llava-instruct-mix-vsft \\
         --streaming --stage align --output_dir mine --do_train --max_steps 2000
 
-A model is a folder or hub id, or three parts. A dataset is `scenes` (a made-up world, no download), a LLaVA JSON file
-with its folder of pictures, or anything `datasets.load_dataset` loads that holds chat messages. All options of
-`transformers.TrainingArguments` hold; `--args_file FILE` reads options from a file. A training that was cut off goes
-on from the newest complete checkpoint in `output_dir`.
+A model is a folder or hub id, or three parts; with neither it is the embedded model. A dataset is `scenes` (a made-up
+world, no download), a LLaVA JSON file with its folder of pictures, or anything that `datasets.load_dataset` loads and
+that holds chat messages. All options of `transformers.TrainingArguments` hold; `--args_file FILE` reads options from a
+file. A training that was cut off goes on from the newest complete checkpoint in `output_dir`.
 """
 
 import json
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
 from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
@@ -54,7 +54,9 @@ logger = logging.getLogger("train")
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "An Aurea: folder or hub id."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "An Aurea: folder or hub id (default: the embedded model)."}
+    )
     vision: str | None = field(default=None, metadata={"help": "Semantic encoder of a new Aurea: folder or hub id."})
     spatial_vision: str | None = field(default=None, metadata={"help": "Spatial encoder: folder or hub id."})
     text: str | None = field(default=None, metadata={"help": "Language model: folder or hub id."})
@@ -71,6 +73,9 @@ class ModelArguments:
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
+    lora_words: list[str] | None = field(
+        default=None, metadata={"help": "With LoRA, words whose tokens' embeddings train too: new ones to learn."}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit decoder (CUDA and bitsandbytes)."})
 
 
@@ -110,11 +115,13 @@ def load_model(args: ModelArguments):
     """The model and its processor, from a folder or from parts."""
     parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
     overrides = json.loads(args.config_overrides)
-    if args.model_name_or_path is None and None in parts.values():
-        missing = [f"--{name}" for name, part in parts.items() if part is None]
-        raise ValueError(f"Give --model_name_or_path, or all three parts: {', '.join(missing)} not given.")
+    given = [f"--{name}" for name, part in parts.items() if part is not None]
+    missing = [f"--{name}" for name, part in parts.items() if part is None]
+    if given and (missing or args.model_name_or_path is not None):
+        problem = f"{', '.join(missing)} not given" if missing else "--model_name_or_path given too"
+        raise ValueError(f"Give --model_name_or_path, or all three parts: {problem}.")
     tp_size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # of the launch configuration
-    if args.model_name_or_path is None:
+    if given:
         if args.load_in_4bit or tp_size > 1 or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea: make and save one of parts first."
@@ -130,17 +137,24 @@ def load_model(args: ModelArguments):
             bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=modules_not_to_quantize(precise),
         )
+    folder = args.model_name_or_path or embedded_model_path()
     model = AureaForConditionalGeneration.from_pretrained(
-        args.model_name_or_path,
+        folder,
         dtype=args.dtype,
         quantization_config=quantization,
         distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
         **overrides,
     )
-    return model, AureaProcessor.from_pretrained(args.model_name_or_path)
+    return model, AureaProcessor.from_pretrained(folder)
 
 
-def choose_parameters(model, args: ModelArguments, gradient_checkpointing: bool):
+def words_tokens(tokenizer, words: list[str]) -> list[int]:
+    """The tokens of these words, at the beginning of a text and inside."""
+    texts = [text for word in words for text in (word, f" {word}")]
+    return sorted({token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]})
+
+
+def choose_parameters(model, tokenizer, args: ModelArguments, gradient_checkpointing: bool):
     """The model with what trains: groups of its own parameters, or adapters and whole modules beside them."""
     if not args.lora:
         set_trainable(model, args.train_groups or args.stage)
@@ -155,6 +169,7 @@ def choose_parameters(model, args: ModelArguments, gradient_checkpointing: bool)
         lora_dropout=args.lora_dropout,
         target_modules=lora_targets(model, *args.lora),
         modules_to_save=[module for group in args.train_groups or () for module in GROUP_MODULES[group]] or None,
+        trainable_token_indices=words_tokens(tokenizer, args.lora_words or ()) or None,
     )
     return get_peft_model(model, config)
 
@@ -248,7 +263,7 @@ def main():
     training_args.accelerator_config.dispatch_batches = False  # it would cut a stream's pictures by the rows
 
     model, processor = load_model(model_args)
-    model = choose_parameters(model, model_args, training_args.gradient_checkpointing)
+    model = choose_parameters(model, processor.tokenizer, model_args, training_args.gradient_checkpointing)
     if model_args.use_kernels:
         model.set_use_kernels(True)
     logger.info(TrainableReport.of(model))

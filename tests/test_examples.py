@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(script, *options, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+def run(script, *options, cwd=None):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLES / script, *map(str, options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def check(result):
@@ -84,7 +85,10 @@ def test_train_an_adapter(untrained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "scenes", "--output_dir", "x"], "--model_name_or_path"),
+        (
+            ["--dataset", "scenes", "--output_dir", "x", "--vision", "a", "--model_name_or_path", "b"],
+            "Give --model_name_or_path, or all three parts",
+        ),
         (["--dataset", "scenes", "--output_dir", "x", "--vision", "a", "--text", "b"], "--spatial_vision not given"),
         (["--dataset", "c.json", "--output_dir", "x", "--do_train"], "--image_folder"),
     ],
@@ -95,3 +99,35 @@ def test_missing_options_are_named(untrained, tmp_path, options, message):
         options += ["--model_name_or_path", untrained]
     result = run("train.py", *options)
     assert result.returncode != 0 and message in result.stderr
+
+
+def test_quickstart_asks_about_a_scene(tmp_path):
+    out = check(run("quickstart.py", "--scene", 3, cwd=tmp_path))
+    assert "Describe the" in out or "What is in" in out
+    assert Image.open(tmp_path / "scene.png").size == (112, 112)
+    Image.new("RGB", (50, 40)).save(tmp_path / "other.png")
+    out = check(run("quickstart.py", "--image", "other.png", "--prompt", "Is there a star?", "What?", cwd=tmp_path))
+    assert "Is there a star?" in out and "What?" in out
+
+
+def test_quickstart_wants_a_question_about_your_own_picture(tmp_path):
+    result = run("quickstart.py", "--image", "other.png", cwd=tmp_path)
+    assert result.returncode == 2 and "--prompt must say what to ask" in result.stderr
+
+
+def test_model_of_parts_trains(tmp_path):
+    """The embedded model taken apart; fusion, projector and cross-attention learn anew what to make of the rest."""
+    check(run("take_apart.py", "--output_dir", tmp_path / "parts"))
+    parts = {name: tmp_path / "parts" / name for name in ("vision", "spatial_vision", "text")}
+    options = training_options(None, tmp_path / "trained", steps=30) | {
+        **parts,
+        "stage": "align",
+        "config_overrides": '{"fusion_config": {"radius": 3, "depth": 1}, "projector_hidden_size": 256}',
+        "curriculum": "[[1, 1]]",
+        "learning_rate": 3e-3,
+    }
+    del options["model_name_or_path"]
+    check(run("train.py", "--do_train", *as_arguments(options)))
+    log = json.loads((tmp_path / "trained" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])

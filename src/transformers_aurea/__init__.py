@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
+from .embedded_model import embedded_model_path
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
 from .hub_kernels_aurea import KernelStatus, configure_kernel, kernel_status
 from .image_processing_aurea import AureaImageProcessor
@@ -105,6 +106,7 @@ __all__ = [
     "TrainableReport",
     "check_dataset",
     "configure_kernel",
+    "embedded_model_path",
     "feature_consistency_loss",
     "feature_diversity",
     "feature_diversity_loss",

@@ -1,0 +1,170 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""The model that travels with the package: its folder, and whether it sees."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_integrations_aurea import ALL_FILES, run_without_package
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from transformers_aurea import embedded_model, embedded_model_path
+from transformers_aurea.scenes import IMAGE_SIZE, KINDS, make_scene, test_seeds
+
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# Not those that the README's figures come from.
+UNSEEN = test_seeds(100_040)[100_000:]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForImageTextToText.from_pretrained(embedded_model_path()).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(embedded_model_path())
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty HF_HOME."""
+    monkeypatch.setattr(embedded_model, "HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def ask(model, processor, picture: Image.Image, question: str) -> str:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    generated = model.generate(**inputs, do_sample=False)
+    return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_folder_is_an_ordinary_model_folder(home):
+    folder = Path(embedded_model_path())
+    assert {file.name for file in folder.iterdir()} == ALL_FILES
+    assert folder.is_relative_to(home)
+    assert (folder / "model.safetensors").stat().st_size <= 10e6
+
+
+def test_folder_is_made_once(home):
+    folder = Path(embedded_model_path())
+    (folder / "note").touch()
+    assert Path(embedded_model_path()) == folder and (folder / "note").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_other_weights_get_another_folder(home, monkeypatch, tmp_path):
+    folder = embedded_model_path()
+    shutil.copytree(embedded_model.WEIGHTS, tmp_path / "weights")
+    (tmp_path / "weights" / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(embedded_model, "WEIGHTS", tmp_path / "weights")
+    assert embedded_model_path() != folder
+
+
+def test_nothing_is_left_of_a_folder_that_could_not_be_finished(home, monkeypatch):
+    copytree = shutil.copytree
+
+    def out_of_space(source, target, **settings):
+        if settings:  # the copy under HF_HOME
+            Path(target, "config.json").touch()
+            raise OSError(28, "No space left on device")
+        copytree(source, target)
+
+    monkeypatch.setattr(embedded_model.shutil, "copytree", out_of_space)
+    with pytest.raises(OSError, match="No space left"):
+        embedded_model_path()
+    assert list((home / "transformers_aurea").iterdir()) == []
+
+
+def test_home_that_is_no_folder_is_named(home):
+    home.write_text("")
+    with pytest.raises(OSError, match=r"home.*cannot be written.*set HF_HOME"):
+        embedded_model_path()
+
+
+def test_size(model):
+    assert 2e6 <= model.num_parameters() <= 3e6
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_unseen_scenes_are_answered_and_black_pictures_are_not(model, processor):
+    spec = importlib.util.spec_from_file_location("evaluate_scenes", EXAMPLES / "evaluate_scenes.py")
+    evaluate_scenes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evaluate_scenes)
+    scores = evaluate_scenes.evaluate(model, processor, UNSEEN)
+    assert scores["all"]["exact_match"] >= 0.9
+    assert scores["describe"]["exact_match_f1"] >= 0.9
+    for kind in KINDS:
+        assert scores[kind]["exact_match"] >= 0.75, (kind, scores[kind])
+    for view in ("black_picture", "wrong_picture"):
+        assert scores["all"][view] <= 0.5
+        assert scores["describe"][view] <= 0.05
+
+
+def test_pipeline_describes_a_scene(tmp_path):
+    picture, ((_, question, answer),) = make_scene(UNSEEN[0], kinds=["describe"], max_objects=1)
+    pipe = pipeline("image-text-to-text", model=embedded_model_path(), trust_remote_code=True)
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+    assert pipe(text=chat, return_full_text=False)[0]["generated_text"].strip() == answer
+
+
+def test_each_row_of_a_batch_is_about_its_own_picture(model, processor):
+    scenes = [make_scene(seed, kinds=["describe"], max_objects=2) for seed in UNSEEN[:4]]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+        for picture, ((_, question, _),) in scenes
+    ]
+    inputs = processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    generated = model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    together = [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)]
+    alone = [ask(model, processor, picture, question) for picture, ((_, question, _),) in scenes]
+    assert together == alone
+    assert len(set(alone)) == 4
+
+
+FRESH = """
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder, picture, question = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+content = [{"type": "image", "path": picture}, {"type": "text", "text": question}]
+template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], **template)
+generated = model.generate(**inputs, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+open("answer.json", "w").write(json.dumps(processor.decode(generated, skip_special_tokens=True).strip()))
+"""
+
+
+def test_copied_folder_answers_where_the_package_is_not_installed(model, processor, tmp_path):
+    picture, questions = make_scene(UNSEEN[0])
+    _, question, _ = questions[-1]
+    picture.save(tmp_path / "scene.png")
+    shutil.copytree(embedded_model_path(), tmp_path / "copied")
+    run_without_package(FRESH, tmp_path, tmp_path / "copied", tmp_path / "scene.png", question)
+    assert json.loads((tmp_path / "answer.json").read_text()) == ask(model, processor, picture, question)
+
+
+def test_pictures_of_other_sizes_and_modes_are_taken(model, processor):
+    for picture in (Image.new("L", (300, 20)), Image.new("RGBA", (IMAGE_SIZE, 5)), Image.new("RGB", (1, 1))):
+        assert ask(model, processor, picture, "What is it?")
