@@ -41,10 +41,11 @@ def main():
         for name in kinds:
             label = name.removeprefix("eval_").removesuffix(METRIC).strip("_").replace("_", "/") or folder.name
             right.plot(*figures(log, [name]), label=label, marker=".", linewidth=1)
-    left.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    left.set(xlabel="step", ylabel="loss", yscale="log")
     right.set(xlabel="step", ylabel="exact match", ylim=(0, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=6)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")
     figure.savefig(args.output, metadata={"Date": None} if args.output.suffix == ".svg" else None)
