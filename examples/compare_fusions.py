@@ -3,9 +3,10 @@
 
     python examples/compare_fusions.py --output_dir comparison --seeds 0 1 2
 
-All runs get the same pictures in the same order, scenes of one object and then of up to two, and as many steps; a seed
-fixes the first weights. Prints, per fusion, the mean exact match on test scenes of up to two objects and its standard
-deviation over the seeds, and writes every run's figures to `comparison.json`. What was cut off goes on where it was.
+All runs get the same pictures and questions in the same order, scenes of one object and then of up to two, and as
+many steps; a seed fixes the first weights. Prints, per fusion, how many parameters train, and the mean exact match on
+test scenes of up to two objects with its standard deviation over the seeds; below, what the commonest answer reaches.
+Writes every run's figures to `comparison.json`. What was cut off goes on where it was.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from transformers_aurea import AureaForConditionalGeneration, set_trainable
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import KINDS
 
@@ -25,23 +27,24 @@ EXAMPLES = Path(__file__).parent
 # Both encoders train, but the one that a fusion does not use.
 GROUPS = ("vision", "spatial_vision", "fusion", "projector", "cross_attention", "language_model")
 UNUSED = {"semantic": "spatial_vision", "spatial": "vision"}
-CURRICULUM = "[[0.3, 1], [1, 2]]"
+ONE_OBJECT = {"color": 1, "shape": 1, "size": 1, "count": 1, "existence": 1, "describe": 1, "locate": 1}
+TWO_OBJECTS = ONE_OBJECT | {"left_right": 2, "above_below": 2, "locate": 2}
+CURRICULUM = json.dumps([[0.2, 1, ONE_OBJECT], [1, 2, TWO_OBJECTS]])
 
 
 def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
     """One training and its evaluation; what is already there is not done again."""
-    scores = folder / "scores.json"
+    scores, start, trained = folder / "scores.json", folder / "start", folder / "trained"
+    groups = [group for group in GROUPS if group != UNUSED.get(fusion_type)]
     if not scores.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        start, trained = folder / "start", folder / "trained"
-        groups = [group for group in GROUPS if group != UNUSED.get(fusion_type)]
         commands = [
             ["make_embedded_model.py", "--output_dir", start, "--fusion_type", fusion_type, "--seed", seed],
             [
                 *("train.py", "--args_file", EXAMPLES / "embedded.args"),
                 *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
                 *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
-                *("--curriculum", CURRICULUM, "--per_device_train_batch_size", 16),
+                *("--curriculum", CURRICULUM),
             ],
             [
                 *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
@@ -55,22 +58,29 @@ def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
                 command = [sys.executable, EXAMPLES / script, *options]
                 environment = os.environ | {"OMP_NUM_THREADS": "1"}
                 subprocess.run([str(part) for part in command], env=environment, stdout=log, stderr=log, check=True)
-    return {"fusion_type": fusion_type, "seed": seed, "scores": json.loads(scores.read_text())}
+    report = set_trainable(AureaForConditionalGeneration.from_pretrained(start), groups)
+    return {
+        "fusion_type": fusion_type,
+        "seed": seed,
+        "trainable_parameters": report.trainable,
+        "scores": json.loads(scores.read_text()),
+    }
 
 
 def table(runs: list[dict]) -> str:
-    """Per fusion the mean over the seeds ± the standard deviation, in per cent, by kind."""
+    """Per fusion the mean over the seeds ± the standard deviation, in per cent, by kind; last, the commonest answer."""
     columns = [*KINDS, "all"]
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| | trainable | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for fusion_type in dict.fromkeys(found["fusion_type"] for found in runs):
+        own = [found for found in runs if found["fusion_type"] == fusion_type]
         cells = []
         for kind in columns:
-            shares = [
-                100 * found["scores"][kind]["exact_match"] for found in runs if found["fusion_type"] == fusion_type
-            ]
+            shares = [100 * found["scores"][kind]["exact_match"] for found in own]
             spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
             cells.append(f"{statistics.mean(shares):.1f}{spread}")
-        lines.append(f"| {fusion_type} | {' | '.join(cells)} |")
+        lines.append(f"| {fusion_type} | {own[0]['trainable_parameters']:,} | {' | '.join(cells)} |")
+    commonest = [f"{100 * runs[0]['scores'][kind]['commonest_answer']:.1f}" for kind in KINDS]
+    lines.append(f"| commonest answer | | {' | '.join(commonest)} | |")
     return "\n".join(lines)
 
 
@@ -79,7 +89,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--fusion_types", nargs="+", default=list(FUSIONS), choices=list(FUSIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=16_000, help="training pictures of each run (default: 16000)")
+    parser.add_argument("--scenes", type=int, default=14_400, help="training pictures, 8 a step (default: 14400)")
     parser.add_argument("--eval_scenes", type=int, default=500, help="test pictures (default: 500)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()
