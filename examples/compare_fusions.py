@@ -68,7 +68,7 @@ def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """Per fusion the mean over the seeds ± the standard deviation, in per cent, by kind; last, the commonest answer."""
+    """Per fusion the mean over the seeds ± the standard deviation, in per cent, by kind; last, guessing."""
     columns = [*KINDS, "all"]
     lines = [f"| | trainable | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for fusion_type in dict.fromkeys(found["fusion_type"] for found in runs):
