@@ -6,7 +6,8 @@
 All runs get the same pictures and questions in the same order, scenes of one object and then of up to two, and as
 many steps; a seed fixes the first weights. Prints, per fusion, how many parameters train, and the mean exact match on
 test scenes of up to two objects with its standard deviation over the seeds; below, what the commonest answer reaches.
-Writes every run's figures to `comparison.json`. What was cut off goes on where it was.
+Every run's figures are in `comparison.json` as soon as it ends. What is there is not run again, and what was cut off
+goes on where it was.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from transformers_aurea import AureaForConditionalGeneration, set_trainable
@@ -33,35 +34,35 @@ CURRICULUM = json.dumps([[0.2, 1, ONE_OBJECT], [1, 2, TWO_OBJECTS]])
 
 
 def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
-    """One training and its evaluation; what is already there is not done again."""
-    scores, start, trained = folder / "scores.json", folder / "start", folder / "trained"
+    """One training and its evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start, trained, scores = folder / "start", folder / "trained", folder / "scores.json"
     groups = [group for group in GROUPS if group != UNUSED.get(fusion_type)]
-    if not scores.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        commands = [
-            ["make_embedded_model.py", "--output_dir", start, "--fusion_type", fusion_type, "--seed", seed],
-            [
-                *("train.py", "--args_file", EXAMPLES / "embedded.args"),
-                *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
-                *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
-                *("--curriculum", CURRICULUM),
-            ],
-            [
-                *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
-                *("--scenes", args.eval_scenes, "--max_objects", 2),
-            ],
-        ]
-        with open(folder / "log.txt", "a") as log:
-            for script, *options in commands:
-                if script == "make_embedded_model.py" and (start / "config.json").is_file():
-                    continue
-                command = [sys.executable, EXAMPLES / script, *options]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run([str(part) for part in command], env=environment, stdout=log, stderr=log, check=True)
+    commands = [
+        ["make_embedded_model.py", "--output_dir", start, "--fusion_type", fusion_type, "--seed", seed],
+        [
+            *("train.py", "--args_file", EXAMPLES / "embedded.args"),
+            *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
+            *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
+            *("--curriculum", CURRICULUM),
+        ],
+        [
+            *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
+            *("--scenes", args.eval_scenes, "--max_objects", 2, "--no_controls"),
+        ],
+    ]
+    with open(folder / "log.txt", "a") as log:
+        for script, *options in commands:
+            if script == "make_embedded_model.py" and (start / "config.json").is_file():
+                continue
+            command = [sys.executable, EXAMPLES / script, *options]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([str(part) for part in command], env=environment, stdout=log, stderr=log, check=True)
     report = set_trainable(AureaForConditionalGeneration.from_pretrained(start), groups)
     return {
         "fusion_type": fusion_type,
         "seed": seed,
+        "scenes": args.scenes,
         "trainable_parameters": report.trainable,
         "scores": json.loads(scores.read_text()),
     }
@@ -94,11 +95,23 @@ def main():
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()
 
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / "comparison.json"
+    runs = json.loads(file.read_text()) if file.is_file() else []
+    if other := {found["scenes"] for found in runs} - {args.scenes}:
+        parser.error(f"{file} is of trainings on {other} scenes, not {args.scenes}: give another --output_dir")
+    done = {(found["fusion_type"], found["seed"]) for found in runs}
     jobs = [(fusion_type, seed) for seed in args.seeds for fusion_type in args.fusion_types]
     with ThreadPoolExecutor(args.processes) as pool:
-        runs = list(pool.map(lambda job: run(args.output_dir / f"{job[0]}-{job[1]}", *job, args), jobs))
-    (args.output_dir / "comparison.json").write_text(json.dumps(runs, indent=1) + "\n")
-    print(table(runs))
+        started = [
+            pool.submit(run, args.output_dir / f"{fusion_type}-{seed}", fusion_type, seed, args)
+            for fusion_type, seed in jobs
+            if (fusion_type, seed) not in done
+        ]
+        for ended in as_completed(started):
+            runs.append(ended.result())
+            file.write_text(json.dumps(runs, indent=1) + "\n")
+    print(table(sorted(runs, key=lambda found: (list(FUSIONS).index(found["fusion_type"]), found["seed"]))))
 
 
 if __name__ == "__main__":

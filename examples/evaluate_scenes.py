@@ -59,19 +59,20 @@ def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: 
     return found
 
 
-def evaluate(model, processor, seeds, batch_size: int = 64, **scene_options) -> dict[str, dict[str, float]]:
+def evaluate(
+    model, processor, seeds, batch_size: int = 64, *, controls: bool = True, **scene_options
+) -> dict[str, dict[str, float]]:
     """Scores by kind and, under "all", over all questions; of a recolored world also over those with a new word.
 
-    `scene_options` are those of `make_scene`: `max_objects`, `recolor`.
+    With `controls`, also what becomes of them with black and with wrong pictures. `scene_options` are those of
+    `make_scene`: `max_objects`, `recolor`.
     """
     scenes = [make_scene(seed, **scene_options) for seed in seeds]
     questions = [(index, *question) for index, (_, asked) in enumerate(scenes) for question in asked]
     pictures = [picture for picture, _ in scenes]
-    views = {
-        "exact_match": pictures,
-        "black_picture": [BLACK] * len(pictures),
-        "wrong_picture": pictures[-1:] + pictures[:-1],
-    }
+    views = {"exact_match": pictures}
+    if controls:
+        views |= {"black_picture": [BLACK] * len(pictures), "wrong_picture": pictures[-1:] + pictures[:-1]}
     said = [
         answers(model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size)
         for shown in views.values()
@@ -119,6 +120,7 @@ def main():
     parser.add_argument("--train_args", type=Path, help="look for test pictures among those trained on with this file")
     parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
     parser.add_argument("--recolor", type=json.loads, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
+    parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
 
@@ -126,18 +128,24 @@ def main():
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(model, processor, seeds, args.batch_size, recolor=args.recolor, max_objects=args.max_objects)
+    scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
+    scores = evaluate(model, processor, seeds, args.batch_size, controls=not args.no_controls, **scene_options)
     columns = {
         "exact_match": "exact",
         "black_picture": "black",
         "wrong_picture": "wrong picture",
         "commonest_answer": "commonest answer",
     }
+    columns = {column: title for column, title in columns.items() if column in scores[KINDS[0]]}
     print(f"{'kind':<12} {'questions':>9}  {'  '.join(columns.values())}")
     for kind, row in scores.items():
         cells = [f"{row[column]:{len(title)}.1%}" for column, title in columns.items() if column in row]
         print(f"{kind:<12} {row['questions']:>9}  {'  '.join(cells)}")
-    f1 = [f"{title} {scores['describe'][f'{view}_f1']:.3f}" for view, title in list(columns.items())[:3]]
+    f1 = [
+        f"{title} {scores['describe'][f'{column}_f1']:.3f}"
+        for column, title in columns.items()
+        if f"{column}_f1" in scores["describe"]
+    ]
     print(f"describe, F1 of the objects: {', '.join(f1)}")
     if args.train_args:
         pictures = training_pictures(args.train_args)

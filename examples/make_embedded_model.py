@@ -112,6 +112,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
         },
         initializer_range=initializer_range,
         projector_hidden_size=256,
+        update_batch_norms=True,  # the spatial encoder's, which begin with no statistics
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
     )
 

@@ -17,6 +17,7 @@ file. A training that was cut off goes on from the newest complete checkpoint in
 import json
 import logging
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,10 +112,33 @@ class DataArguments:
     )
 
 
+def parse_json(name: str, text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{name} {text} is no JSON: {error}") from error
+
+
+def check_options(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments):
+    """Refuses options that would do nothing, before anything is loaded."""
+    if not (training_args.do_train or training_args.do_eval):
+        raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
+    if training_args.do_eval and data_args.eval_dataset is None and data_args.dataset != "scenes":
+        raise ValueError("--do_eval needs --eval_dataset.")
+    if data_args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, got {data_args.scenes}.")
+    if model_args.lora_words and not model_args.lora:
+        raise ValueError("--lora_words needs --lora: without adapters --train_groups language_model trains all words.")
+    if model_args.lora and model_args.text is not None:
+        raise ValueError(
+            "--lora saves adapters alone, and the new parts would be lost: train with --stage align first."
+        )
+
+
 def load_model(args: ModelArguments):
     """The model and its processor, from a folder or from parts."""
     parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
-    overrides = json.loads(args.config_overrides)
+    overrides = parse_json("config_overrides", args.config_overrides)
     given = [f"--{name}" for name, part in parts.items() if part is not None]
     missing = [f"--{name}" for name, part in parts.items() if part is None]
     if given and (missing or args.model_name_or_path is not None):
@@ -177,10 +201,10 @@ def choose_parameters(model, tokenizer, args: ModelArguments, gradient_checkpoin
 def load_rows(name: str, args: DataArguments):
     """A dataset of conversations, by what its name is."""
     if name == "scenes":
-        counts = json.loads(args.questions_per_kind)
-        curriculum = json.loads(args.curriculum)
+        counts = parse_json("questions_per_kind", args.questions_per_kind)
+        curriculum = parse_json("curriculum", args.curriculum)
         seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
-        recolor = json.loads(args.recolor)
+        recolor = parse_json("recolor", args.recolor)
         return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts, recolor=recolor)
     if name.endswith((".json", ".jsonl")):
         if args.image_folder is None:
@@ -198,7 +222,7 @@ def load_eval_rows(args: DataArguments):
         return load_rows(args.eval_dataset, args)
     if args.dataset != "scenes":
         return None
-    return scene_questions(test_seeds(args.eval_scenes), recolor=json.loads(args.recolor))
+    return scene_questions(test_seeds(args.eval_scenes), recolor=parse_json("recolor", args.recolor))
 
 
 def most_likely_tokens(logits, labels) -> torch.Tensor:
@@ -209,7 +233,8 @@ def most_likely_tokens(logits, labels) -> torch.Tensor:
 class ExactMatch:
     """The share of rows of which each labelled token is the most likely one after the right ones before it.
 
-    For a row with one answer that is whether greedy decoding would give exactly this answer.
+    For a row with one answer that is whether greedy decoding would give exactly this answer. Rows without labels,
+    which stand in the place of skipped ones, do not count.
     """
 
     def __init__(self):
@@ -217,27 +242,45 @@ class ExactMatch:
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
         predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+        counts = (labels != -100).any(axis=1)
         right = ((predicted == labels) | (labels == -100)).all(axis=1)
-        self.num_right += int(right.sum())
-        self.num_rows += len(right)
+        self.num_right += int((right & counts).sum())
+        self.num_rows += int(counts.sum())
         if not compute_result:
             return {}
-        share = self.num_right / self.num_rows
+        share = self.num_right / max(self.num_rows, 1)
         self.num_right = self.num_rows = 0
         return {"exact_match": share}
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint whose saving was not cut off: the trainer's state, written last, can be read."""
+    """The newest checkpoint whose saving was not cut off."""
     folders = ((path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*"))
     checkpoints = {int(step): path for step, path in folders if step.isdecimal()}
     for _, path in sorted(checkpoints.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            logger.warning(f"{path} is incomplete and is not used.")
-            continue
-        return str(path)
+        if problem := why_incomplete(path):
+            logger.warning(
+                f"{path} is incomplete and is not used: {problem}. --resume_from_checkpoint would force it."
+            )
+        else:
+            return str(path)
+    return None
+
+
+def why_incomplete(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks. The first process writes the trainer's state last, the others their random states
+    meanwhile; all but that of the first of one process are numbered."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json cannot be read ({error})"
+    random_states = list(checkpoint.glob("rng_state*.pth"))
+    for path in random_states:
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} was cut off"
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if not (checkpoint / "rng_state.pth").exists() and 0 < len(random_states) < max(num_processes, 2):
+        return f"random states of {len(random_states)} processes, not {max(num_processes, 2)}"
     return None
 
 
@@ -257,6 +300,7 @@ def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_options(model_args, data_args, training_args)
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True

@@ -362,19 +362,25 @@ def test_tokenizer_without_a_padding_token_pads_with_its_end_token():
     assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.eos_token_id).all()
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        CHATML.replace(
-            "<|{{ m['role'] }}|>", "<|{{ m['role'] }}|>{{ '<think>' if loop.last and m['role'] == 'assistant' }}"
-        ),
-        CHATML.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<think>"),
-    ],
-    ids=["answer rewritten later", "prompt that the answer does not continue"],
+THINKS_LAST = CHATML.replace(
+    "<|{{ m['role'] }}|>", "<|{{ m['role'] }}|>{{ '<think></think>' if loop.last and m['role'] == 'assistant' }}"
 )
-def test_template_that_rewrites_what_it_wrote_is_refused(template):
+THINKS_FIRST = CHATML.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<think>")
+
+
+@pytest.mark.parametrize("template", [THINKS_LAST, THINKS_FIRST], ids=["last answer alone thinks", "prompt thinks"])
+def test_answers_are_found_where_the_template_rewrites_what_precedes_them(template):
+    processor = make_processor(template)
+    row = {"messages": [user("b"), assistant("b"), user("[answer 1] d"), assistant("d ")]}
+    labels = AureaDataCollator(processor)([row])["labels"][0]
+    assert processor.decode(labels[labels != -100]).replace(" ", "") == "b<|endoftext|>d<|endoftext|>"
+
+
+def test_template_that_rewrites_an_answer_is_refused():
+    template = THINKS_LAST.replace("else p['text']", "else p['text'] | upper")
+    assert template != THINKS_LAST
     row = {"id": "x", "messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
-    with pytest.raises(ValueError, match=r"x: the chat template writes .* turn 1 .*{% generation %}"):
+    with pytest.raises(ValueError, match=r"x: the chat template writes the answer of turn 1 .*{% generation %}"):
         AureaDataCollator(make_processor(template))([row])
 
 
@@ -422,7 +428,7 @@ def test_bad_row_stops_the_training_or_is_left_out_by_name(processor, row, reaso
         AureaDataCollator(processor)(rows)
     collator = AureaDataCollator(processor, on_error="skip")
     batch = collator(rows)
-    assert trained_texts(processor, batch) == ["Aurea<|end|>"]
+    assert trained_texts(processor, batch) == ["Aurea<|end|>", ""]
     ((identity, explanation),) = collator.skipped
     assert identity == ("row 1 of its batch" if row == "bad" else "bad") and re.search(reason, explanation)
 
@@ -435,10 +441,22 @@ def test_skipping_warns_once_per_row(processor, monkeypatch):
     assert [warning.partition(" is left out")[0] for warning in warnings] == ["bad", "worse"]
 
 
-def test_batch_of_which_nothing_is_left_is_refused(processor):
+def test_skipped_rows_leave_a_row_that_trains_nothing(processor, converted):
     collator = AureaDataCollator(processor, on_error="skip")
-    with pytest.raises(ValueError, match=r"Every one of the 2 rows .* bad: .*empty; bad: .*0 images"):
-        collator([bad(messages=[]), bad(images=[])])
+    good = mixed_rows()[1]
+    batch, alone = collator([bad(messages=[]), good]), collator([good])
+    assert len(batch["input_ids"]) == 2
+    assert (batch["labels"][0] == -100).all() and torch.equal(batch["labels"][1:], alone["labels"])
+    assert batch["attention_mask"][0].sum() == 1
+
+    model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).train()
+    torch.testing.assert_close(model(**batch).loss, model(**alone).loss)
+    nothing = collator([bad(messages=[]), bad(images=[])])
+    for kwargs in ({}, {"num_items_in_batch": 0}, {"num_items_in_batch": torch.tensor(0)}):
+        loss = model(**nothing, **kwargs).loss
+        loss.backward()
+        assert loss == 0
+    assert all(parameter.grad.eq(0).all() for parameter in model.parameters() if parameter.grad is not None)
 
 
 def test_row_without_id_is_named_by_its_place_and_words(processor):

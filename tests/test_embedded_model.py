@@ -12,8 +12,14 @@ from PIL import Image
 from test_integrations_aurea import ALL_FILES, run_without_package
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from transformers_aurea import embedded_model, embedded_model_path
-from transformers_aurea.scenes import IMAGE_SIZE, KINDS, make_scene, test_seeds
+from transformers_aurea import (
+    AureaDataCollator,
+    AureaForConditionalGeneration,
+    embedded_model,
+    embedded_model_path,
+    set_trainable,
+)
+from transformers_aurea.scenes import IMAGE_SIZE, KINDS, SceneDataset, make_scene, test_seeds
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -65,6 +71,16 @@ def test_folder_is_made_once(home):
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_changed_folder_is_moved_aside_and_made_anew(home):
+    folder = Path(embedded_model_path())
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(b"mine")
+    assert Path(embedded_model_path()) == folder
+    assert (folder / "model.safetensors").read_bytes() == weights
+    (aside,) = home.glob("*/embedded-*-changed-*/*")
+    assert (aside / "model.safetensors").read_bytes() == b"mine"
+
+
 def test_other_weights_get_another_folder(home, monkeypatch, tmp_path):
     folder = embedded_model_path()
     shutil.copytree(embedded_model.WEIGHTS, tmp_path / "weights")
@@ -104,10 +120,10 @@ def test_unseen_scenes_are_answered_and_black_pictures_are_not(model, processor)
     evaluate_scenes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(evaluate_scenes)
     scores = evaluate_scenes.evaluate(model, processor, UNSEEN)
-    assert scores["all"]["exact_match"] >= 0.9
-    assert scores["describe"]["exact_match_f1"] >= 0.9
+    assert scores["all"]["exact_match"] >= 0.95
+    assert scores["describe"]["exact_match_f1"] >= 0.95
     for kind in KINDS:
-        assert scores[kind]["exact_match"] >= 0.75, (kind, scores[kind])
+        assert scores[kind]["exact_match"] >= 0.85, (kind, scores[kind])
     for view in ("black_picture", "wrong_picture"):
         assert scores["all"][view] <= 0.5
         assert scores["describe"][view] <= 0.05
@@ -168,3 +184,59 @@ def test_copied_folder_answers_where_the_package_is_not_installed(model, process
 def test_pictures_of_other_sizes_and_modes_are_taken(model, processor):
     for picture in (Image.new("L", (300, 20)), Image.new("RGBA", (IMAGE_SIZE, 5)), Image.new("RGB", (1, 1))):
         assert ask(model, processor, picture, "What is it?")
+
+
+# what batch norms, as its spatial encoder has them, ask of training
+
+
+def scene_batch(processor, seeds, **kwargs) -> dict[str, torch.Tensor]:
+    rows = [SceneDataset([seed])[0] for seed in seeds]
+    return AureaDataCollator(processor, **kwargs)(rows)
+
+
+TEXT_ALONE = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "no"}]}
+
+
+@pytest.mark.parametrize("groups", ["align", "full"])
+def test_training_leaves_the_statistics_of_batch_norms_alone(processor, groups):
+    model = AureaForConditionalGeneration.from_pretrained(embedded_model_path()).train()
+    set_trainable(model, groups)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch = scene_batch(processor, [1, 3])
+    model(**batch).loss.backward()
+    model(**AureaDataCollator(processor)([TEXT_ALONE])).loss.backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    together = model(**batch).logits
+    for row, seed in enumerate((1, 3)):
+        alone = scene_batch(processor, [seed])
+        length = alone["input_ids"].shape[1]
+        torch.testing.assert_close(model(**alone).logits[0], together[row, :length], rtol=1e-4, atol=1e-3)
+
+
+def test_batch_norms_learn_where_the_configuration_lets_them(processor):
+    model = AureaForConditionalGeneration.from_pretrained(embedded_model_path(), update_batch_norms=True).train()
+    norm = next(m for m in model.model.spatial_vision_model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    model(**AureaDataCollator(processor)([TEXT_ALONE])).loss.backward()
+    assert torch.equal(norm.running_mean, before)  # the blank picture of a step of text
+    set_trainable(model, "align")
+    model.train()(**scene_batch(processor, [1]))
+    assert torch.equal(norm.running_mean, before)
+    set_trainable(model, "full")
+    model.train()(**scene_batch(processor, [1]))
+    assert not torch.equal(norm.running_mean, before)
+
+
+def test_attention_implementations_that_the_convolutional_encoder_lacks(model, processor):
+    """TRL loads a reference model with that of the model to train."""
+    expected = model(**scene_batch(processor, [1])).logits
+    for implementation in ("eager", "sdpa"):
+        loaded = AureaForConditionalGeneration.from_pretrained(
+            embedded_model_path(), attn_implementation=implementation
+        )
+        switched = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
+        switched.set_attn_implementation(implementation)
+        for either in (loaded, switched):
+            assert either.config.text_config._attn_implementation == implementation
+            assert either.config.spatial_vision_config._attn_implementation == "eager"
+            torch.testing.assert_close(either(**scene_batch(processor, [1])).logits, expected, rtol=1e-4, atol=1e-3)

@@ -3,12 +3,16 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import EvalPrediction
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -86,16 +90,29 @@ def test_train_an_adapter(untrained, tmp_path):
     ("options", "message"),
     [
         (
-            ["--dataset", "scenes", "--output_dir", "x", "--vision", "a", "--model_name_or_path", "b"],
+            ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--vision", "a", "--model_name_or_path", "b"],
             "Give --model_name_or_path, or all three parts",
         ),
-        (["--dataset", "scenes", "--output_dir", "x", "--vision", "a", "--text", "b"], "--spatial_vision not given"),
+        (
+            ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--vision", "a", "--text", "b"],
+            "--spatial_vision not given",
+        ),
         (["--dataset", "c.json", "--output_dir", "x", "--do_train"], "--image_folder"),
+        (["--dataset", "scenes", "--output_dir", "x"], "Nothing to do: give --do_train, --do_eval or both"),
+        (["--dataset", "c.json", "--output_dir", "x", "--do_eval"], "--do_eval needs --eval_dataset"),
+        (
+            ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--lora_words", "cyan"],
+            "--lora_words needs --lora",
+        ),
+        (
+            ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--curriculum", "[[1"],
+            "--curriculum [[1 is no JSON",
+        ),
     ],
 )
-def test_missing_options_are_named(untrained, tmp_path, options, message):
+def test_bad_options_are_named(untrained, tmp_path, options, message):
     options = [tmp_path / "x" if option == "x" else option for option in options]
-    if "--image_folder" in message:
+    if "--vision" not in options:
         options += ["--model_name_or_path", untrained]
     result = run("train.py", *options)
     assert result.returncode != 0 and message in result.stderr
@@ -131,3 +148,38 @@ def test_model_of_parts_trains(tmp_path):
     log = json.loads((tmp_path / "trained" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_checkpoint_whose_saving_was_cut_off_is_not_used(tmp_path, monkeypatch):
+    train = runpy.run_path(str(EXAMPLES / "train.py"))
+    last = train["last_complete_checkpoint"]
+
+    def checkpoint(step, *random_states, state="{}"):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(state)
+        for name in random_states:
+            torch.save({}, folder / name)
+        return folder
+
+    assert last(tmp_path) is None
+    one = checkpoint(1, "rng_state.pth")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert last(tmp_path) == str(one)  # of one process, goes on in two
+    two = checkpoint(2, "rng_state_0.pth", "rng_state_1.pth")
+    assert last(tmp_path) == str(two)
+    checkpoint(3, "rng_state_0.pth")  # the other process was too late
+    cut = checkpoint(4, "rng_state_0.pth", "rng_state_1.pth")
+    os.truncate(cut / "rng_state_1.pth", 100)
+    checkpoint(5, "rng_state_0.pth", "rng_state_1.pth", state="{")
+    assert last(tmp_path) == str(two)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert last(tmp_path) == str(two)
+
+
+def test_exact_match_does_not_count_rows_without_labels():
+    exact_match = runpy.run_path(str(EXAMPLES / "train.py"))["ExactMatch"]()
+    labels = np.array([[-100, 5, 6], [-100, -100, -100], [-100, 7, -100]])
+    predictions = np.array([[5, 6, 0], [1, 2, 3], [8, 0, 0]])
+    assert exact_match(EvalPrediction(predictions, labels), compute_result=True) == {"exact_match": 0.5}
+    assert exact_match(EvalPrediction(predictions[1:2], labels[1:2]), compute_result=True) == {"exact_match": 0.0}

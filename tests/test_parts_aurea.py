@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FIXTURES, TINY_TEXT, random_pixels
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_integrations_aurea import run_without_package
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -23,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -221,6 +223,11 @@ class TestWeights:
         assert model.model.fusion.joint_layers[0].sigma_spatial.dtype == torch.float32
         if dtype is None:
             assert_holds(model, **parts)
+            text = batch(model)
+            with torch.no_grad():  # its rotary frequencies too are rounded
+                expected = parts["text"](**text).logits
+                assert torch.equal(model(**text).logits, expected)
+                assert torch.equal(model(**text, pixel_values=random_pixels(2, model.config)).logits, expected)
 
     def test_experts_and_a_head_with_bias_are_kept(self):
         from transformers import PhimoeConfig, PhimoeForCausalLM
@@ -294,6 +301,14 @@ BAD_PARTS = {
         Exception,
         r"\(4, 4\) patches and the spatial encoder \(5, 5\).*so that they agree",
     ),
+    "unknown override": ({"cross_atention_layers": [0]}, ValueError, "did you mean 'cross_attention_layers'"),
+    "unknown setting of the fusion": (
+        {"fusion_config": {"raduis": 1}},
+        ValueError,
+        "AureaFusionConfig; did you mean 'radius",
+    ),
+    "configuration of a part": ({"text_config": {}}, ValueError, r"\['text_config'\] come from the parts"),
+    "negative image token": ({"image_token_id": -1}, Exception, "`image_token_id` must be 0 or greater, got -1"),
     "radius": ({"fusion_config": {"radius": 4}}, Exception, r"\(4, 4\) patches must be larger than.*radius` \(4\)"),
 }
 
@@ -303,6 +318,58 @@ def test_bad_parts_are_refused_by_name(folder, arguments, error, message):
     arguments = {name: folder / value if isinstance(value, str) else value for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         from_folders(folder, **arguments)
+
+
+def test_encoder_folders_that_lack_weights_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "dinov2", tmp_path / "dinov2")
+    weights = load_file(tmp_path / "dinov2" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layer.1." not in name}
+    save_file(kept, tmp_path / "dinov2" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"The parts lack \d+ of the weights.*spatial_vision_model\..*layer\.1\."):
+        from_folders(folder, spatial_vision=tmp_path / "dinov2")
+
+
+def test_encoders_that_give_no_features_of_patches_are_refused():
+    config = AutoConfig.for_model("vit_mae", hidden_size=16, intermediate_size=24, **VIEW)
+    with pytest.raises(ValueError, match=r"`vision` \(ViTMAEModel\) cannot serve as an encoder: .* patch features"):
+        from_modules(vision=AutoModel.from_config(config), image_token_id=260)
+
+
+ENCODERS = {
+    "vit": {"hidden_size": 16, "intermediate_size": 24, **VIEW},
+    "deit": {"hidden_size": 16, "intermediate_size": 24, **VIEW},
+    "clip_vision_model": {"hidden_size": 16, "intermediate_size": 24, **VIEW},
+    "dinov3_vit": {"hidden_size": 16, "intermediate_size": 24, **VIEW},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 7, "image_size": 56},
+    "resnet": {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8, "layer_type": "basic"},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_serve_as_modules_and_in_folders_and_train_in_full(tmp_path, name):
+    encoder = randomised(AutoModel.from_config(AutoConfig.for_model(name, **ENCODERS[name])))
+    encoder.save_pretrained(tmp_path / name)
+    for part in (encoder, tmp_path / name):
+        model = from_modules(spatial_vision=part, image_token_id=260)
+        for key, tensor in model.model.spatial_vision_model.state_dict().items():
+            assert torch.equal(tensor, encoder.state_dict()[key]), key
+    model.train()
+    model(
+        **batch(model), pixel_values=random_pixels(2, model.config), labels=batch(model)["input_ids"]
+    ).loss.backward()
+    without = [key for key, p in model.model.spatial_vision_model.named_parameters() if p.grad is None]
+    assert not without
+
+
+def test_an_image_classifier_without_its_pooling_layer_gives_its_encoder(tmp_path):
+    classifier = ViTForImageClassification(ViTConfig(**ENCODERS["vit"]))
+    classifier.save_pretrained(tmp_path)
+    for part in (classifier, tmp_path):
+        model = from_modules(vision=part, image_token_id=260)
+        assert all(
+            torch.equal(tensor, classifier.vit.state_dict()[name])
+            for name, tensor in model.model.vision_model.state_dict().items()
+        )
 
 
 def test_a_language_model_that_would_drop_the_picture_is_refused():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset
 
 
@@ -164,6 +164,20 @@ def test_dpo_prefers_the_chosen_answers_of_mixed_rows(model, processor, tmp_path
     assert margins[-1] > margins[0] and np.isfinite(margins).all()
     calls.assert_each_row_came_with_its_pictures()
     assert all(set(placeholders) == {0, 1, 2} for placeholders, _ in calls)
+
+
+def test_dpo_begins_at_its_reference_with_the_embedded_model(tmp_path):
+    """Its convolutional encoder has no sdpa attention, which TRL asks of the reference model, and batch norms."""
+    model = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(**settings(tmp_path, per_device_train_batch_size=6, max_length=None, max_steps=2)),
+        train_dataset=prompts(chosen="yes", rejected="no"),
+        processing_class=AureaProcessor.from_pretrained(embedded_model_path()),
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[1] < losses[0]
 
 
 # reinforcement

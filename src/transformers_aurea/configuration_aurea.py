@@ -169,6 +169,9 @@ class AureaConfig(PreTrainedConfig):
         feature_consistency_kernel (`dict`, *optional*):
             `alpha`, `beta`, `gamma`, `w1`, `w2` and `shift` of the feature consistency loss; those not given are 0.5,
             0.5, 1, 1, 1 and 0.1. Its radius is the fusion's.
+        update_batch_norms (`bool`, *optional*, defaults to `False`):
+            Whether batch norms of an encoder that trains (of a ResNet, say) follow the statistics of its batches. It
+            takes that to train such an encoder from scratch. By default they keep the statistics they have.
 
     Raises:
         ValueError: if the parts do not fit: heads that do not divide, two different grids for a fusion that needs one,
@@ -206,6 +209,7 @@ class AureaConfig(PreTrainedConfig):
     feature_consistency_coef: float | int = 0.0
     feature_diversity_coef: float | int = 0.0
     feature_consistency_kernel: dict | None = None
+    update_batch_norms: bool = False
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
@@ -285,6 +289,8 @@ class AureaConfig(PreTrainedConfig):
         for name in ("cross_attention_head_dim", "cross_attention_intermediate_size", "projector_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.image_token_id < 0:
+            raise ValueError(f"`image_token_id` must be 0 or greater, got {self.image_token_id}.")
         self._validate_encoders()
         self._validate_heads()
         self._validate_views()
@@ -401,6 +407,11 @@ def _grid(size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _feature_size(config: PreTrainedConfig) -> int:
+    if not (hasattr(config, "hidden_sizes") or hasattr(config, "hidden_size")):
+        raise ValueError(
+            f"An encoder of type '{config.model_type}' says neither by `hidden_size` nor by `hidden_sizes` how wide "
+            "its features are. Choose another (SigLIP, CLIP, DINOv2, DINOv3, ViT, Swin, ConvNeXt, ResNet, … do)."
+        )
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
 
 

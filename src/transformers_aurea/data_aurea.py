@@ -44,7 +44,7 @@ PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")  # under which a 
 IGNORED = -100  # the label of a token that is not trained on
 
 # The line break with which LLaVA sets a placeholder apart is no part of the text.
-_PLACEHOLDER = re.compile(r"\n?<image>\n?")
+_PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -130,13 +130,16 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
     """
     turns = row.get("messages") or row.get("conversations") or []
     turns = turns if isinstance(turns, (list, tuple)) else [turns]
-    column = row.get("images") if row.get("images") is not None else row.get("image")
+    column = row.get("images")
+    if column is None or (isinstance(column, (list, tuple)) and not column):
+        column = row.get("image")
     column = [] if column is None else list(column) if isinstance(column, (list, tuple)) else [column]
 
     messages = []
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
-        role = turn.get("role") or LLAVA_ROLES.get(turn.get("from"), turn.get("from"))
+        role = turn.get("role") or turn.get("from")
+        role = LLAVA_ROLES.get(role, role)
         content = turn["content"] if "content" in turn else turn.get("value")
         messages.append({"role": str(role), "content": _to_parts(content)})
 
@@ -161,8 +164,10 @@ def _to_parts(content) -> list[dict[str, Any]]:
     if content is None:
         return []
     if not isinstance(content, list):
-        pieces = _PLACEHOLDER.split(str(content))
-        parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})][1:]
+        pieces = _PLACEHOLDER.split(str(content))  # text, then by turns the kind of a placeholder and text
+        parts = [
+            {"type": piece} if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)
+        ]
         return [part for part in parts if part.get("text") != ""]
     parts = []
     for part in content:
@@ -256,8 +261,9 @@ class AureaDataCollator:
         max_length (`int`, *optional*): longer rows are cut off there. One that would lose a picture's placeholder, or
             all its answers, is bad instead.
         on_error (`str`, defaults to `"raise"`): `"skip"` leaves bad rows out, with a warning each, and keeps them in
-            `skipped` as `(identity, reason)`. With `num_workers` every worker has a list of its own; `check_dataset`
-            finds all of them beforehand.
+            `skipped` as `(identity, reason)`. In the place of each stands a row of one token that is not trained on,
+            so that batches keep their size and processes their step. With `num_workers` every worker has a list of
+            its own; `check_dataset` finds all of them beforehand.
         train_on (`str`, defaults to `"assistant"`): `"all"` trains on every token but the pictures' placeholders.
         independent_turns (`bool`, defaults to `False`): each question and its answer are a conversation of their own
             about the row's pictures, which are encoded once for all of them. What was said before is not seen, so no
@@ -270,7 +276,7 @@ class AureaDataCollator:
     Raises:
         ValueError: for a bad row, with its identity: its `id`, else its place in the batch and first words. A row is
             bad if it has no turn, no answer or an empty one, an unknown role, a picture that is missing or corrupt, or
-            not as many pictures as placeholders. Also for a batch of which nothing is left.
+            not as many pictures as placeholders.
     """
 
     def __init__(
@@ -296,6 +302,9 @@ class AureaDataCollator:
         self.independent_turns = independent_turns
         self.pad_to_multiple_of = pad_to_multiple_of
         self.skipped: list[tuple[str, str]] = []
+        tokenizer = processor.tokenizer
+        known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+        self._padding = next(known, 0)  # masked, so any id will do
         template = processor.chat_template
         template = template["default"] if isinstance(template, dict) else template
         self._template_marks_answers = bool(_GENERATION_MARK.search(template or ""))
@@ -315,12 +324,15 @@ class AureaDataCollator:
                 identity, reason = _identify(row, position), _explain(error)
                 if self.on_error == "raise":
                     raise ValueError(f"{identity}: {reason}") from error
-                logger.warning(f"{identity} is left out of the training: {reason}")
+                logger.warning(f"{identity} is left out: {reason}")
                 self.skipped.append((identity, reason))
-        if not encoded:
-            reasons = "; ".join(f"{identity}: {reason}" for identity, reason in self.skipped[-len(rows) :])
-            raise ValueError(f"Every one of the {len(rows)} rows of a batch is bad. {reasons}")
+                encoded.append(self._nothing())
         return self._pad(encoded)
+
+    def _nothing(self) -> dict[str, torch.Tensor]:
+        """A row in the place of a bad one."""
+        input_ids = torch.tensor([self._padding])
+        return {"input_ids": input_ids, "labels": torch.tensor([IGNORED]), "position_ids": torch.tensor([0])}
 
     def encode(self, row: dict[str, Any]) -> dict[str, torch.Tensor]:
         """One row as `input_ids`, `labels` and `position_ids`, all `(sequence_length,)`, and, if it has pictures,
@@ -362,7 +374,7 @@ class AureaDataCollator:
 
     def _check(self, messages: list[dict], num_images: int) -> None:
         if not messages:
-            raise ValueError("its conversation is empty")
+            raise ValueError("its conversation is empty: no turns under `messages` or `conversations`")
         for number, message in enumerate(messages):
             role, parts = message["role"], message["content"]
             if role not in ROLES:
@@ -408,7 +420,7 @@ class AureaDataCollator:
         """The text of a conversation, and from where to where its answers stand in it, end tokens included.
 
         Raises:
-            ValueError: the template writes the beginning of a conversation in another way if more turns follow.
+            ValueError: the template changes an answer, so that it cannot be found.
         """
         render, ends = self.processor.apply_chat_template, tuple(self.processor.tokenizer.get_added_vocab())
         text, spans = render(messages), []
@@ -418,20 +430,50 @@ class AureaDataCollator:
             prompt = render(messages[:number], add_generation_prompt=True) if number else None
             through = render(messages[: number + 1])
             if prompt is None or not (text.startswith(through) and through.startswith(prompt)):
-                raise ValueError(
-                    f"the chat template writes what precedes turn {number} in another way when it is answered or goes "
-                    f"on, so the answer cannot be found: mark answers with {{% generation %}} in the template"
-                )
+                return text, self._find_answers(messages, text, ends)
             if through.rstrip().endswith(ends):  # white space behind an end token is never generated
                 through = through.rstrip()
             spans.append((len(prompt), len(through)))
         return text, spans
 
+    def _find_answers(self, messages: list[dict], text: str, ends: tuple[str, ...]) -> list[tuple[int, int]]:
+        """The same for a template that writes the beginning of a conversation in another way if more turns follow, as
+        Qwen3's, which thinks in the last answer alone: what stands around the answers is told by marks in their place.
+        """
+        marks = [f"⟦answer {number}⟧" for number in range(len(messages))]
+        answers = {
+            number: "".join(part.get("text", "") for part in message["content"])
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
+        }
+        marked = [
+            {**message, "content": [{"type": "text", "text": marks[number]}]} if number in answers else message
+            for number, message in enumerate(messages)
+        ]
+        end_token = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends))})") if ends else re.compile("")
+        rest, position, spans = self.processor.apply_chat_template(marked), 0, []
+        for number, answer in answers.items():
+            before, mark, rest = rest.partition(marks[number])
+            start = position + len(before)
+            answer = next((one for one in (answer, answer.strip()) if text.startswith(before + one, position)), None)
+            if answer is None or not mark:
+                raise ValueError(
+                    f"the chat template writes the answer of turn {number} in another way than it is given, so it "
+                    f"cannot be found: mark answers with {{% generation %}} in the template"
+                )
+            position = start + len(answer)
+            end = end_token.match(rest)
+            spans.append((start, position + (end.end() if end else 0)))
+        if text[position:] != rest:
+            raise ValueError(
+                "the chat template writes what follows the answers by what they say, so they cannot be told apart: "
+                "mark answers with {% generation %} in the template"
+            )
+        return spans
+
     def _pad(self, encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
         columns = {
-            "input_ids": ([row["input_ids"] for row in encoded], next(known, 0)),  # masked, so any id will do
+            "input_ids": ([row["input_ids"] for row in encoded], self._padding),
             "labels": ([row["labels"] for row in encoded], IGNORED),
         }
         if self.independent_turns:

@@ -17,6 +17,7 @@ decoder's own logits, bit for bit.
 
 import copy
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 
@@ -24,11 +25,13 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    MODEL_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationMixin,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -51,7 +54,7 @@ from .cross_attention_aurea import (
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
 from .hub_kernels_aurea import HubKernelsMixin
 from .losses_aurea import feature_consistency_loss, feature_diversity_loss, share_of_batch
-from .parts_aurea import Part, model_from_parts
+from .parts_aurea import Part, model_from_parts, pooling_settings
 
 
 if torch.distributed.is_available():
@@ -194,6 +197,30 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> str | None:
+    """The attention implementation asked for, or `"eager"` for an encoder that lacks it, as convolutional ones do."""
+    flags = {"sdpa": "_supports_sdpa", "flex": "_supports_flex_attn", "flash": "_supports_flash_attn"}
+    flag = next((flag for name, flag in flags.items() if name in (implementation or "")), None)
+    return implementation if flag is None or getattr(MODEL_MAPPING[type(config)], flag) else "eager"
+
+
+def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    config._attn_implementation = _encoder_attention(config, config._attn_implementation)
+    return AutoModel.from_config(config, **pooling_settings(config))
+
+
+@contextmanager
+def _in_evaluation_mode(*modules: nn.Module):
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     config: AureaConfig
     config_class = AureaConfig
@@ -236,6 +263,16 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
         # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        if isinstance(attn_implementation, str):  # an encoder that lacks it would refuse
+            encoders = {
+                name: _encoder_attention(getattr(self.config, name), attn_implementation)
+                for name in ("vision_config", "spatial_vision_config")
+            }
+            everything = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
+            attn_implementation = everything | encoders
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def save_pretrained(self, *args, **kwargs):
         # Under the model's own names, not those that an older transformers had: by these alone `Trainer` resumes, and
         # would leave all other weights as they were.
@@ -266,8 +303,8 @@ class AureaModel(AureaPreTrainedModel):
         super().__init__(config)
         fusion = config.fusion_config
         semantic_size, spatial_size = config.feature_sizes
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.spatial_vision_model = AutoModel.from_config(config.spatial_vision_config)
+        self.vision_model = _make_encoder(config.vision_config)
+        self.spatial_vision_model = _make_encoder(config.spatial_vision_config)
         self.fusion = FUSIONS[fusion.fusion_type](
             semantic_size, spatial_size, fusion.depth, fusion.radius, fusion.layer_norm_eps
         )
@@ -276,6 +313,20 @@ class AureaModel(AureaPreTrainedModel):
         self._weave_cross_attention()
         self.post_init()
         self._tp_plan.update(self._cross_attention_tp_plan())
+
+    def train(self, mode: bool = True) -> "AureaModel":
+        """As usual, but that an encoder's batch norms keep the statistics they were pretrained with.
+
+        Otherwise a picture's features would hang on the others of its batch: processes, and a reference model that is
+        in evaluation mode, would differ. `config.update_batch_norms` lets those follow their batches that train.
+        """
+        super().train(mode)
+        for encoder in (self.vision_model, self.spatial_vision_model):
+            for module in encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    trains = any(parameter.requires_grad for parameter in module.parameters())
+                    module.train(mode and self.config.update_batch_norms and trains)
+        return self
 
     def _weave_cross_attention(self):
         _, layers = decoder_layers(self.language_model)
@@ -388,6 +439,10 @@ class AureaModel(AureaPreTrainedModel):
         ):
             outputs = encoder(pixels, **kwargs)
         features = outputs.last_hidden_state
+        if needs_grad and outputs.get("pooler_output") is not None:
+            features = (
+                features + 0 * outputs.pooler_output.sum()
+            )  # a pooled output has no use, but takes part likewise
         is_map = features.ndim == 4
         if is_map:
             features = features.flatten(2).transpose(1, 2)  # (images, C, rows, columns) → tokens
@@ -496,7 +551,11 @@ class AureaModel(AureaPreTrainedModel):
         at all.
         """
         canvas = (max(sides) for sides in zip(*self.config.view_sizes))
-        outputs = self.get_image_features(torch.zeros(1, 2, 3, *canvas, device=image_tokens.device))
+        picture = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
+        with _in_evaluation_mode(
+            self.vision_model, self.spatial_vision_model
+        ):  # it is not for the batch norms to learn
+            outputs = self.get_image_features(picture)
         states = outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
         return states, image_tokens.new_zeros(len(image_tokens), dtype=torch.long), outputs.auxiliary_losses
 
@@ -610,9 +669,10 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         r"""
         Two pretrained vision encoders and a pretrained language model as one Aurea, on the CPU, in evaluation mode.
 
-        The parts' weights are kept bit for bit; fusion, projector and cross-attention blocks are new. What the blocks
-        add starts at zero: until they are trained, the logits are those of the language model alone, with or without
-        pictures. [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it.
+        The parts' weights are kept bit for bit, but for pooling layers and heads, which have no place; fusion,
+        projector and cross-attention blocks are new. What the blocks add starts at zero: until they are trained, the
+        logits are those of the language model alone, with or without pictures.
+        [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it.
 
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
@@ -629,13 +689,14 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             dtype (`torch.dtype` or `str`, *optional*):
                 Of everything but the encoders, which are in float32. By default that of the language model.
             config_overrides:
-                Arguments of [`AureaConfig`], such as `fusion_config` and `cross_attention_layers`. With
-                `image_token_id` no tokenizer is needed.
+                Arguments of [`AureaConfig`], such as `fusion_config` and `cross_attention_layers`; others are refused.
+                With `image_token_id` no tokenizer is needed.
 
         Raises:
             OSError: a part cannot be found.
             TypeError: a part is none.
-            ValueError: a part does not fit its place or another part, lacks weights, or there is no tokenizer.
+            ValueError: a part does not fit its place or another part, lacks weights, or gives no features of patches;
+                an override is unknown; or there is no tokenizer.
         """
         return model_from_parts(
             cls, vision, spatial_vision, text, tokenizer=tokenizer, dtype=dtype, **config_overrides
@@ -689,6 +750,12 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
+            # With nothing to predict the loss is zero, not the mean of nothing.
+            num_targets = kwargs.pop("num_items_in_batch", None)
+            if num_targets is None:
+                targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
+                num_targets = (targets != -100).sum()
+            kwargs["num_items_in_batch"] = torch.as_tensor(num_targets).clamp(min=1)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
@@ -697,7 +764,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
             weighted = sum(getattr(self.config, f"{name}_coef") * values for name, values in auxiliary_losses.items())
             image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds)
-            share = share_of_batch(weighted, image_tokens, labels, kwargs.get("num_items_in_batch"))
+            share = share_of_batch(weighted, image_tokens, labels, kwargs["num_items_in_batch"])
             loss = loss + share.to(loss.device)
         return AureaCausalLMOutputWithPast(
             loss=loss,

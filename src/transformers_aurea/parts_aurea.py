@@ -12,8 +12,13 @@ model with a vision tower among other things (SigLIP, CLIP, a classifier) the to
 
 import copy
 import os
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -27,7 +32,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from .configuration_aurea import AureaConfig
+from .configuration_aurea import AureaConfig, AureaFusionConfig
 
 
 logger = logging.get_logger(__name__)
@@ -43,14 +48,44 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
     Raises:
         OSError: a part's configuration cannot be read.
         TypeError: a part is none.
-        ValueError: an encoder's place is given to something else; whatever [`AureaConfig`] refuses.
+        ValueError: an encoder's place is given to something else; an override is none of [`AureaConfig`] or
+            [`AureaFusionConfig`]; whatever these refuse.
     """
+    own = {"vision_config", "spatial_vision_config", "text_config"}
+    if given := sorted(own & config_overrides.keys()):
+        raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
+    _check_names(config_overrides, AureaConfig, own)
+    fusion = config_overrides.get("fusion_config")
+    if isinstance(fusion, dict):
+        _check_names(fusion, AureaFusionConfig)
     return AureaConfig(
         vision_config=_vision_config(vision, "vision"),
         spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
         text_config=_config(text, "text"),
         **config_overrides,
     )
+
+
+def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], excluded: Iterable[str] = ()):
+    """Refuses what a configuration would keep without using it."""
+    known = sorted({field.name for field in fields(config_class)} - {*excluded})
+    for name in settings:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"'{name}' is no argument of {config_class.__name__}"
+                + (f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(known)}.")
+            )
+
+
+def pooling_settings(config: PreTrainedConfig) -> dict[str, bool]:
+    """Arguments with which an encoder of this configuration is made without the pooling layer that some have on top.
+
+    Nothing reads it, and checkpoints of classifiers lack its weights.
+    """
+    encoder_class = MODEL_MAPPING.get(type(config), None)
+    has_switch = encoder_class is not None and "add_pooling_layer" in signature(encoder_class).parameters
+    return {"add_pooling_layer": False} if has_switch else {}
 
 
 def _config(part: Part, name: str) -> PreTrainedConfig:
@@ -76,11 +111,25 @@ def _vision_config(part: Part, name: str) -> PreTrainedConfig:
     return config
 
 
-def load_encoder(part: Part) -> PreTrainedModel:
-    """A vision encoder, or the vision tower of what was given; a copy if it was loaded already."""
+def _model_inside(part: PreTrainedModel, config: PreTrainedConfig) -> nn.Module | None:
+    """The module that is transformers' model of this configuration, without heads: `part` itself or one inside."""
+    model_class = MODEL_MAPPING.get(type(config), None)
+    return next((module for module in part.modules() if type(module) is model_class), None)
+
+
+def load_encoder(part: Part) -> dict[str, torch.Tensor]:
+    """The weights of a vision encoder, or of the vision tower of what was given, as far as they come from there."""
     if isinstance(part, PreTrainedModel):
-        return copy.deepcopy(part.base_model.get_encoder(modality="image")).cpu()
-    return AutoModel.from_pretrained(part, dtype="auto").get_encoder(modality="image")
+        config = getattr(part.config, "vision_config", part.config)
+        encoder = _model_inside(part, config) or part.base_model.get_encoder(modality="image")
+        return {name: tensor.to("cpu", copy=True) for name, tensor in encoder.state_dict().items()}
+    settings = pooling_settings(AutoConfig.from_pretrained(part))
+    model, report = AutoModel.from_pretrained(part, dtype="auto", output_loading_info=True, **settings)
+    encoder = model.get_encoder(modality="image")
+    path = next(name for name, module in model.named_modules() if module is encoder)
+    prefix = f"{path}." if path else ""
+    made_up = report["missing_keys"]  # by the loader, at random
+    return {name: tensor for name, tensor in encoder.state_dict().items() if prefix + name not in made_up}
 
 
 def load_language_model(part: Part) -> PreTrainedModel:
@@ -118,7 +167,20 @@ def model_from_parts(
     with torch.device("meta"):
         skeleton = model_class(config)
     language_model = load_language_model(text)
-    state_dict = _state_dict(skeleton, load_encoder(vision), load_encoder(spatial_vision), language_model)
+    decoder = _model_inside(language_model, language_model.config) or language_model.base_model
+    parts = {
+        "model.vision_model.": load_encoder(vision),
+        "model.spatial_vision_model.": load_encoder(spatial_vision),
+        "model.language_model.": decoder.state_dict(),
+    }
+    if (head := language_model.get_output_embeddings()) is not None:
+        parts["lm_head."] = head.state_dict()
+    elif not config.tie_word_embeddings:
+        raise ValueError(
+            f"`text` ({type(language_model).__name__}) has no language modelling head. Give the model with it "
+            "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
+        )
+    state_dict = _state_dict(skeleton, parts)
     dtype = language_model.dtype if dtype in (None, "auto") else dtype
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # that everything else is new is no news
@@ -126,45 +188,34 @@ def model_from_parts(
         model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
     finally:
         logging.set_verbosity(verbosity)
+    _copy_buffers(decoder, model.model.language_model)
     _make_room_for_image_token(model)
+    _check_encoders(model)
     if language_model.can_generate():
         model.generation_config = language_model.generation_config
     return model
 
 
-def _state_dict(
-    skeleton: PreTrainedModel, vision: PreTrainedModel, spatial_vision: PreTrainedModel, text: PreTrainedModel
-) -> dict[str, torch.Tensor]:
-    """The parts' weights by their names in `skeleton`, an Aurea without weights, and what starts otherwise than new.
+def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The parts' weights, given by prefix, as they are called in `skeleton`, an Aurea without weights, and what starts
+    otherwise than new.
 
     Heads for which there is no place are left out.
 
     Raises:
         ValueError: the parts lack weights that their places need.
     """
-    modules = {
-        "model.vision_model.": vision,
-        "model.spatial_vision_model.": spatial_vision,
-        "model.language_model.": text.base_model,
-        "lm_head.": text.get_output_embeddings(),
-    }
     places = skeleton.state_dict()
     if skeleton.config.tie_word_embeddings:
         del places["lm_head.weight"]
     blocks = {name: places.pop(name) for name in list(places) if "cross_attention_block." in name}
     state_dict = {
         prefix + name: tensor
-        for prefix, module in modules.items()
-        if module is not None
-        for name, tensor in module.state_dict().items()
+        for prefix, weights in parts.items()
+        for name, tensor in weights.items()
         if prefix + name in places
     }
-    missing = sorted(name for name in places.keys() - state_dict.keys() if name.startswith(tuple(modules)))
-    if "lm_head.weight" in missing:
-        raise ValueError(
-            f"`text` ({type(text).__name__}) has no language modelling head. Give the model with it "
-            "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
-        )
+    missing = sorted(name for name in places.keys() - state_dict.keys() if name.startswith(tuple(parts)))
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
     last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
@@ -172,6 +223,33 @@ def _state_dict(
     # The loader keeps in float32 what is given, not what it makes itself.
     widths = {name: torch.ones(1) for name in places if name.endswith("sigma_spatial")}
     return state_dict | zeros | widths
+
+
+def _copy_buffers(source: nn.Module, target: nn.Module):
+    """What a decoder holds beside its weights: rotary frequencies, which `.to(dtype)` has rounded along with it."""
+    for name, buffer in source.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(path), leaf, buffer.clone())
+
+
+@torch.no_grad()
+def _check_encoders(model: PreTrainedModel):
+    """Shows both encoders two blank pictures.
+
+    Raises:
+        ValueError: an encoder does not give the features of each patch that its configuration promises.
+    """
+    canvas = [max(sides) for sides in zip(*model.config.view_sizes)]
+    pictures = torch.zeros(2, 2, 3, *canvas)
+    for view, (name, size) in enumerate(zip(("vision", "spatial_vision"), model.config.feature_sizes)):
+        encoder = getattr(model.model, f"{name}_model")
+        expected = (2, *model.config.grid_sizes[view], size)
+        try:
+            _, features = model.model._encode_view(encoder, pictures, view)
+            if features.shape != expected:
+                raise ValueError(f"its features have the shape {tuple(features.shape)}, not {expected}")
+        except Exception as error:  # encoders that want something else fail in ways of their own
+            raise ValueError(f"`{name}` ({type(encoder).__name__}) cannot serve as an encoder: {error}") from error
 
 
 @torch.no_grad()
