@@ -123,6 +123,14 @@ def main():
     parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
+    for name in ("scenes", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.first_scene < 0:
+        parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    pictures = training_pictures(args.train_args) if args.train_args else None
 
     folder = args.model_name_or_path or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
@@ -147,8 +155,7 @@ def main():
         if f"{column}_f1" in scores["describe"]
     ]
     print(f"describe, F1 of the objects: {', '.join(f1)}")
-    if args.train_args:
-        pictures = training_pictures(args.train_args)
+    if pictures is not None:
         trained = {scene_digest(row["images"][0]) for row in pictures}
         equal = sum(
             scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) in trained for seed in seeds

@@ -27,11 +27,17 @@ CHAT_TEMPLATE = """
         {{- content -}}
     {%- else -%}
         {%- for part in content -%}
+            {%- if part['type'] not in ('image', 'text') -%}
+                {{- raise_exception("Contents are text and image, not " + part['type']) -}}
+            {%- endif -%}
             {{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- for message in messages -%}
+    {%- if message['role'] not in ('system', 'user', 'assistant') -%}
+        {{- raise_exception("Roles are system, user and assistant, not " + message['role']) -}}
+    {%- endif -%}
     {{- '<|' + message['role'] + '|>' -}}
     {%- if message['role'] == 'assistant' -%}
         {%- generation -%}{{- render(message['content']) + '<|end|>' -}}{%- endgeneration -%}

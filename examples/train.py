@@ -17,6 +17,7 @@ file. A training that was cut off goes on from the newest complete checkpoint in
 import json
 import logging
 import os
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
 from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
@@ -162,12 +163,15 @@ def load_model(args: ModelArguments):
             llm_int8_skip_modules=modules_not_to_quantize(precise),
         )
     folder = args.model_name_or_path or embedded_model_path()
+    config, unknown = AureaConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
+    if unknown:
+        raise ValueError(f"--config_overrides: AureaConfig has no {', '.join(unknown)}.")
     model = AureaForConditionalGeneration.from_pretrained(
         folder,
+        config=config,
         dtype=args.dtype,
         quantization_config=quantization,
         distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
-        **overrides,
     )
     return model, AureaProcessor.from_pretrained(folder)
 
@@ -267,6 +271,10 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def last_step(checkpoint: str) -> int:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
+
+
 def why_incomplete(checkpoint: Path) -> str | None:
     """What a checkpoint lacks. The first process writes the trainer's state last, the others their random states
     meanwhile; all but that of the first of one process are numbered."""
@@ -298,8 +306,12 @@ class StopIfDone(TrainerCallback):
 
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    for flag, file in zip(sys.argv, sys.argv[1:]):
+        if flag == "--args_file" and not Path(file).is_file():
+            parser.error(f"--args_file {file} does not exist")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
     check_options(model_args, data_args, training_args)
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
@@ -335,10 +347,17 @@ def main():
         if checkpoint is not None:
             logger.info(f"Training goes on from {checkpoint}")
         try:
-            metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-            trainer.save_metrics("train", metrics)
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+            is_new = checkpoint is None or output.global_step > last_step(checkpoint)
         except TrainingIsDone:
-            logger.info("All steps were done already.")
+            is_new = False
+        if is_new:
+            trainer.save_metrics("train", output.metrics)
+        else:
+            logger.warning(
+                f"Nothing was trained: all steps were done already in {checkpoint}. To train anew, give another "
+                "--output_dir."
+            )
         trainer.save_model()
         trainer.save_state()
     if training_args.do_eval:

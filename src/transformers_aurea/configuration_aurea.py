@@ -243,6 +243,17 @@ class AureaConfig(PreTrainedConfig):
             self.projector_hidden_size = 8 * self.feature_sizes[1]
         self.feature_consistency_kernel = _CONSISTENCY_KERNEL | (self.feature_consistency_kernel or {})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Of another model's dictionary transformers would make an Aurea of the published size, with a warning."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of it, see "
+                "`AureaForConditionalGeneration.from_pretrained_parts`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def feature_sizes(self) -> tuple[int, int]:
         """Channels of the semantic and of the spatial encoder's features."""

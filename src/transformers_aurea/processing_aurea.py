@@ -7,6 +7,7 @@ that every row has as many placeholders as pictures.
 """
 
 import os
+import re
 
 from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BatchFeature
@@ -114,16 +115,19 @@ FLATTENING_PREFIX = (
 
 
 def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The published template if the tokenizer has its tokens, else its own, taught about pictures, else a plain one.
+    """The tokenizer's own template if it marks its answers for training; else the published one if the tokenizer has
+    its tokens; else its own; else a plain one. One of its own is taught about pictures.
 
     Raises:
         ValueError: the tokenizer has neither a template nor an `eos_token` to end an answer.
     """
     vocabulary = tokenizer.get_vocab()
-    if all(f"<|{name}|>" in vocabulary for name in ("system", "user", "assistant", "end")):
+    own = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    has_published_tokens = all(f"<|{name}|>" in vocabulary for name in ("system", "user", "assistant", "end"))
+    if has_published_tokens and not (own and re.search(r"{%-?\s*generation\b", own)):
         template = CHAT_TEMPLATE
-    elif tokenizer.chat_template is not None:
-        template = FLATTENING_PREFIX + tokenizer.get_chat_template()
+    elif own is not None:
+        template = FLATTENING_PREFIX + own
     elif tokenizer.eos_token is not None:
         template = PLAIN_CHAT_TEMPLATE
     else:
@@ -197,8 +201,9 @@ class AureaProcessor(ProcessorMixin):
             config (`AureaConfig`, *optional*):
                 The model's configuration, for the sizes of the views. By default that of these parts as they are.
             chat_template (`str`, *optional*):
-                By default the published one if the tokenizer has its tokens, else the tokenizer's own, taught to write
-                the image token, else a plain one.
+                By default the tokenizer's own, taught to write the image token, if it marks its answers for training
+                (`{% generation %}`); else the published one if the tokenizer has its tokens; else the tokenizer's own,
+                or a plain one.
 
         Raises:
             OSError, TypeError, ValueError: as for the model; `config` is of another tokenizer.

@@ -140,7 +140,7 @@ def make_scene(
     Raises:
         ValueError: for a seed that is not an integer from 0 on, an unknown kind or color, or a number out of range.
     """
-    kinds = KINDS if kinds is None else tuple(kinds)
+    kinds = KINDS if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
     counts = (
         questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(kinds, questions_per_kind)
     )
@@ -151,13 +151,7 @@ def make_scene(
         if not _is_integer(count) or count < 1:
             raise ValueError(f"questions_per_kind must be an integer from 1 on, not {count!r}.")
     recolor = recolor or {}
-    for color, (word, rgb) in recolor.items():
-        if color not in COLORS or not re.fullmatch("[a-z]+", word) or word in VOCABULARY:
-            raise ValueError(
-                f"recolor must give one of {', '.join(COLORS)} a new word of small letters, not {color!r} {word!r}."
-            )
-        if len(rgb) != 3 or not all(0 <= value <= 255 for value in rgb):
-            raise ValueError(f"recolor must give {color!r} three values from 0 to 255, not {rgb!r}.")
+    _check_recolor(recolor)
 
     dice, objects, covers = _arrange(seed, max_objects, {color: rgb for color, (_, rgb) in recolor.items()})
     picture = _paint(int(seed), dice, objects, covers)
@@ -167,6 +161,25 @@ def make_scene(
         for question, answer in _ask(_dice(seed, _STREAMS[kind]), objects, kind, counts.get(kind, 1))
     ]
     return picture, questions
+
+
+def _check_recolor(recolor) -> None:
+    shape = '{"black": ("turquoise", (64, 224, 208))}'
+    if not isinstance(recolor, Mapping):
+        raise ValueError(f"recolor must be like {shape}, not {recolor!r}.")
+    words = []
+    for color, replacement in recolor.items():
+        if isinstance(replacement, str) or not isinstance(replacement, Sequence) or len(replacement) != 2:
+            raise ValueError(f"recolor must be like {shape}, not {{{color!r}: {replacement!r}}}.")
+        word, rgb = replacement
+        is_new = isinstance(word, str) and re.fullmatch("[a-z]+", word) and word not in (*VOCABULARY, *words)
+        if color not in COLORS or not is_new:
+            raise ValueError(
+                f"recolor must give one of {', '.join(COLORS)} a new word of small letters, not {color!r} {word!r}."
+            )
+        if isinstance(rgb, str) or len(rgb) != 3 or not all(0 <= value <= 255 for value in rgb):
+            raise ValueError(f"recolor must give {color!r} three values from 0 to 255, not {rgb!r}.")
+        words.append(word)
 
 
 def _rename(text: str, recolor: Mapping[str, tuple[str, tuple[int, int, int]]]) -> str:
@@ -216,6 +229,8 @@ class SceneDataset(Sequence):
         self.kinds = kinds
         self.questions_per_kind = questions_per_kind
         self.recolor = recolor
+        for stage in ((1, None), *self.curriculum):  # now, not when a training has come to it
+            self._make(train_seeds(1)[0], stage)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -224,17 +239,20 @@ class SceneDataset(Sequence):
         index = range(len(self.seeds))[index]
         seed, share = self.seeds[index], index / len(self.seeds)
         stage = next((stage for stage in self.curriculum if share < stage[0]), (1, None))
+        picture, questions = self._make(seed, stage)
+        dice = _dice(seed, _STREAMS["order of turns"])
+        questions = sorted(questions, key=lambda _: dice.random())
+        return _conversation(f"scene {seed}", picture, [(question, answer) for _, question, answer in questions])
+
+    def _make(self, seed: int, stage: tuple) -> tuple[Image.Image, list[tuple[str, str, str]]]:
         _, max_objects, counts = (*stage, None)[:3]
-        picture, questions = make_scene(
+        return make_scene(
             seed,
             kinds=self.kinds if counts is None else counts,
             max_objects=max_objects,
             questions_per_kind=self.questions_per_kind if counts is None else counts,
             recolor=self.recolor,
         )
-        dice = _dice(seed, _STREAMS["order of turns"])
-        questions = sorted(questions, key=lambda _: dice.random())
-        return _conversation(f"scene {seed}", picture, [(question, answer) for _, question, answer in questions])
 
 
 def scene_questions(
