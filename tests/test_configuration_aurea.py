@@ -7,7 +7,7 @@ from conftest import FIXTURES, TINY_TEXT, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlamaConfig
 
-from transformers_aurea import AureaConfig, AureaFusionConfig
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaFusionConfig
 
 
 def test_defaults_are_the_published_sizes():
@@ -53,6 +53,13 @@ def test_saving_and_loading_changes_nothing(config, tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert len(written["auto_map"]) == 6
     assert written["fusion_config"]["model_type"] == "aurea_fusion"
+
+
+def test_folder_of_another_model_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    for aurea_class in (AureaConfig, AureaForConditionalGeneration):
+        with pytest.raises(ValueError, match=r"type 'llama', not of an Aurea.*from_pretrained_parts"):
+            aurea_class.from_pretrained(tmp_path)
 
 
 def test_parts_may_be_dictionaries_or_configurations():

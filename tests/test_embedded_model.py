@@ -181,6 +181,12 @@ def test_copied_folder_answers_where_the_package_is_not_installed(model, process
     assert json.loads((tmp_path / "answer.json").read_text()) == ask(model, processor, picture, question)
 
 
+def test_template_refuses_unknown_roles_and_contents(processor):
+    for turn in ({"role": "x", "content": "a"}, {"role": "user", "content": [{"type": "img"}]}):
+        with pytest.raises(Exception, match=r"not (x|img)"):
+            processor.apply_chat_template([turn])
+
+
 def test_pictures_of_other_sizes_and_modes_are_taken(model, processor):
     for picture in (Image.new("L", (300, 20)), Image.new("RGBA", (IMAGE_SIZE, 5)), Image.new("RGB", (1, 1))):
         assert ask(model, processor, picture, "What is it?")

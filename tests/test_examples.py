@@ -79,6 +79,12 @@ def test_train_then_evaluate(untrained, tmp_path):
     assert "describe" in out
 
 
+def test_a_finished_training_is_not_run_again_and_says_so(untrained, tmp_path):
+    options = as_arguments(training_options(untrained, tmp_path / "trained", steps=1))
+    check(run("train.py", "--do_train", *options))
+    assert "Nothing was trained: all steps were done already in" in check(run("train.py", "--do_train", *options))
+
+
 def test_train_an_adapter(untrained, tmp_path):
     options = training_options(untrained, tmp_path / "adapter", steps=1)
     lora = ["--lora", "language_model", "cross_attention", "--train_groups", "projector", "--lora_r", "4"]
@@ -98,6 +104,10 @@ def test_train_an_adapter(untrained, tmp_path):
             "--spatial_vision not given",
         ),
         (["--dataset", "c.json", "--output_dir", "x", "--do_train"], "--image_folder"),
+        (
+            ["--args_file", "nowhere.args", "--output_dir", "x", "--do_train"],
+            "--args_file nowhere.args does not exist",
+        ),
         (["--dataset", "scenes", "--output_dir", "x"], "Nothing to do: give --do_train, --do_eval or both"),
         (["--dataset", "c.json", "--output_dir", "x", "--do_eval"], "--do_eval needs --eval_dataset"),
         (

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.processing_aurea import CHAT_TEMPLATE
 from transformers_aurea.tokenization_aurea import build_tokenizer
 
@@ -463,6 +463,13 @@ class TestProcessor:
             for settings in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
                 expected = tokenizer.apply_chat_template(flat, tokenize=False, **settings)
                 assert processor.apply_chat_template(given, **settings) == expected
+
+    def test_a_template_that_marks_its_answers_goes_before_the_published_one(self, folder):
+        tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+        processor = processor_of(folder, tokenizer=tokenizer)
+        chat = [user({"type": "image"}, QUESTION)]
+        expected = "<|user|><|image|>What is it?<|end|><|assistant|>"
+        assert processor.apply_chat_template(chat, add_generation_prompt=True) == expected
 
     def test_without_any_template_a_plain_one_marks_the_answers(self, folder):
         processor = processor_of(folder)

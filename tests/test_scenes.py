@@ -266,6 +266,23 @@ def test_recoloring_needs_a_known_color_and_a_new_word(recolor):
         make_scene(0, recolor=recolor)
 
 
+@pytest.mark.parametrize("recolor", [[1], {"red": "mauve"}, {"red": ("mauve",)}, {"red": 3}], ids=str)
+def test_recoloring_of_another_shape_is_refused(recolor):
+    with pytest.raises(ValueError, match=r'recolor must be like {"black"'):
+        make_scene(0, recolor=recolor)
+
+
+def test_two_colors_may_not_get_one_word():
+    with pytest.raises(ValueError, match="new word"):
+        make_scene(0, recolor={"red": ("mauve", (1, 2, 3)), "blue": ("mauve", (4, 5, 6))})
+
+
+@pytest.mark.parametrize("stage", [(1, 9), (1, 2, {"colr": 1}), (1, 2, {"color": 0})], ids=str)
+def test_a_curriculum_is_checked_before_its_last_stage_is_reached(stage):
+    with pytest.raises(ValueError, match=r"max_objects|colr|questions_per_kind"):
+        SceneDataset(range(100), curriculum=[(0.5, 1), stage])
+
+
 def test_recoloring_needs_a_color():
     with pytest.raises(ValueError, match=re.escape("(0, 256, 3)")):
         make_scene(0, recolor={"red": ("mauve", (0, 256, 3))})

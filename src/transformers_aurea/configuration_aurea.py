@@ -249,8 +249,8 @@ class AureaConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
-                f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of it, see "
-                "`AureaForConditionalGeneration.from_pretrained_parts`."
+                f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of "
+                "it, see `AureaForConditionalGeneration.from_pretrained_parts`."
             )
         return super().from_dict(config_dict, **kwargs)
 

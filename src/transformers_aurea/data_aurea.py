@@ -45,7 +45,7 @@ IGNORED = -100  # the label of a token that is not trained on
 
 # The line break with which LLaVA sets a placeholder apart is no part of the text.
 _PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
-_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+_GENERATION_MARK = re.compile(r"{%[-+]?\s*generation\s*-?%}")
 
 
 # datasets

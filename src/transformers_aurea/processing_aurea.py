@@ -124,7 +124,7 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabulary = tokenizer.get_vocab()
     own = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
     has_published_tokens = all(f"<|{name}|>" in vocabulary for name in ("system", "user", "assistant", "end"))
-    if has_published_tokens and not (own and re.search(r"{%-?\s*generation\b", own)):
+    if has_published_tokens and not (own and re.search(r"{%[-+]?\s*generation\b", own)):
         template = CHAT_TEMPLATE
     elif own is not None:
         template = FLATTENING_PREFIX + own
