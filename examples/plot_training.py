@@ -26,6 +26,10 @@ def figures(log: list[dict], names: list[str]) -> tuple[list[int], list[float]]:
     return list(entries), [sum(values) / len(values) for values in entries.values()]
 
 
+def is_metric(name: str) -> bool:
+    return name.startswith("eval") and name.endswith(METRIC)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="output_dir of trainings")
@@ -33,21 +37,23 @@ def main():
     args = parser.parse_args()
 
     plt.rcParams["svg.hashsalt"] = "aurea"  # the same figures make the same file
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for folder in args.folders:
-        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        left.plot(*figures(log, ["loss"]), label=folder.name, linewidth=1)
-        kinds = sorted({name for entry in log for name in entry if name.startswith("eval") and name.endswith(METRIC)})
-        for name in kinds:
+    logs = {folder: json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in args.folders}
+    was_evaluated = any(is_metric(name) for log in logs.values() for entry in log for name in entry)
+    panels = 2 if was_evaluated else 1
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.2), layout="constrained", squeeze=False)
+    losses, scores = axes[0, 0], axes[0, -1]
+    for folder, log in logs.items():
+        losses.plot(*figures(log, ["loss"]), label=folder.name, linewidth=1)
+        for name in sorted({name for entry in log for name in entry if is_metric(name)}):
             label = name.removeprefix("eval_").removesuffix(METRIC).strip("_").replace("_", "/") or folder.name
-            right.plot(*figures(log, [name]), label=label, marker=".", linewidth=1)
-    left.set(xlabel="step", ylabel="loss", yscale="log")
-    right.set(xlabel="step", ylabel="exact match", ylim=(0, 1))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", nbins=6)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            scores.plot(*figures(log, [name]), label=label, marker=".", linewidth=1)
+    if was_evaluated:
+        scores.set(xlabel="step", ylabel="exact match", ylim=(0, 1))
+    losses.set(xlabel="step", ylabel="loss", yscale="log")
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+        panel.locator_params(axis="x", nbins=6)
+        panel.legend(fontsize="small")
     figure.savefig(args.output, metadata={"Date": None} if args.output.suffix == ".svg" else None)
     print(args.output)
 
