@@ -201,7 +201,8 @@ def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> 
     """The attention implementation asked for, or `"eager"` for an encoder that lacks it, as convolutional ones do."""
     flags = {"sdpa": "_supports_sdpa", "flex": "_supports_flex_attn", "flash": "_supports_flash_attn"}
     flag = next((flag for name, flag in flags.items() if name in (implementation or "")), None)
-    return implementation if flag is None or getattr(MODEL_MAPPING[type(config)], flag) else "eager"
+    encoder_class = MODEL_MAPPING.get(type(config), None)  # none for remote code
+    return "eager" if flag and encoder_class and not getattr(encoder_class, flag) else implementation
 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -209,16 +210,21 @@ def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config, **pooling_settings(config))
 
 
+def _batch_norms(*encoders: PreTrainedModel) -> list[nn.Module]:
+    modules = (module for encoder in encoders for module in encoder.modules())
+    return [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 @contextmanager
-def _in_evaluation_mode(*modules: nn.Module):
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
+def _in_evaluation_mode(modules: list[nn.Module]):
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for module in training:
+            module.train()
 
 
 class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
@@ -321,11 +327,9 @@ class AureaModel(AureaPreTrainedModel):
         in evaluation mode, would differ. `config.update_batch_norms` lets those follow their batches that train.
         """
         super().train(mode)
-        for encoder in (self.vision_model, self.spatial_vision_model):
-            for module in encoder.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    trains = any(parameter.requires_grad for parameter in module.parameters())
-                    module.train(mode and self.config.update_batch_norms and trains)
+        for module in _batch_norms(self.vision_model, self.spatial_vision_model):
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            module.train(mode and self.config.update_batch_norms and trains)
         return self
 
     def _weave_cross_attention(self):
@@ -440,9 +444,8 @@ class AureaModel(AureaPreTrainedModel):
             outputs = encoder(pixels, **kwargs)
         features = outputs.last_hidden_state
         if needs_grad and outputs.get("pooler_output") is not None:
-            features = (
-                features + 0 * outputs.pooler_output.sum()
-            )  # a pooled output has no use, but takes part likewise
+            # A pooled output has no use either, but takes part for the same reason.
+            features = features + 0 * outputs.pooler_output.sum()
         is_map = features.ndim == 4
         if is_map:
             features = features.flatten(2).transpose(1, 2)  # (images, C, rows, columns) → tokens
@@ -552,10 +555,8 @@ class AureaModel(AureaPreTrainedModel):
         """
         canvas = (max(sides) for sides in zip(*self.config.view_sizes))
         picture = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
-        with _in_evaluation_mode(
-            self.vision_model, self.spatial_vision_model
-        ):  # it is not for the batch norms to learn
-            outputs = self.get_image_features(picture)
+        with _in_evaluation_mode(_batch_norms(self.vision_model, self.spatial_vision_model)):
+            outputs = self.get_image_features(picture)  # which is no example of what pictures look like
         states = outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
         return states, image_tokens.new_zeros(len(image_tokens), dtype=torch.long), outputs.auxiliary_losses
 
