@@ -8,7 +8,6 @@ that it was not trained on, which is written to `scene.png`, and is asked the sc
 """
 
 import argparse
-from pathlib import Path
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -38,7 +37,7 @@ def main():
     folder = args.model or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    print(f"{Path(folder).name}: {model.num_parameters():,} parameters, looking at {image}")
+    print(f"{args.model or 'The embedded model'}: {model.num_parameters():,} parameters, looking at {image}")
     for prompt, expected in asked:
         content = [{"type": "image", "path": image}, {"type": "text", "text": prompt}]
         inputs = processor.apply_chat_template(

@@ -17,8 +17,8 @@ file. A training that was cut off goes on from the newest complete checkpoint in
 import json
 import logging
 import os
-import sys
 import zipfile
+from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
+from transformers_aurea.parts_aurea import check_overrides
 from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
     GROUP_MODULES,
@@ -163,12 +164,10 @@ def load_model(args: ModelArguments):
             llm_int8_skip_modules=modules_not_to_quantize(precise),
         )
     folder = args.model_name_or_path or embedded_model_path()
-    config, unknown = AureaConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
-    if unknown:
-        raise ValueError(f"--config_overrides: AureaConfig has no {', '.join(unknown)}.")
+    check_overrides(overrides)
     model = AureaForConditionalGeneration.from_pretrained(
         folder,
-        config=config,
+        config=AureaConfig.from_pretrained(folder, **overrides),
         dtype=args.dtype,
         quantization_config=quantization,
         distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
@@ -271,10 +270,6 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def last_step(checkpoint: str) -> int:
-    return json.loads(Path(checkpoint, "trainer_state.json").read_text())["global_step"]
-
-
 def why_incomplete(checkpoint: Path) -> str | None:
     """What a checkpoint lacks. The first process writes the trainer's state last, the others their random states
     meanwhile; all but that of the first of one process are numbered."""
@@ -297,7 +292,10 @@ class TrainingIsDone(Exception):
 
 
 class StopIfDone(TrainerCallback):
-    """Resumed from the checkpoint of its last step, Trainer would train one step more."""
+    """Resumed from the checkpoint of its last step, Trainer would train one step more, or none without a word."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -306,8 +304,10 @@ class StopIfDone(TrainerCallback):
 
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    for flag, file in zip(sys.argv, sys.argv[1:]):
-        if flag == "--args_file" and not Path(file).is_file():
+    files = ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--args_file", type=Path, action="append", default=[])
+    for file in files.parse_known_args()[0].args_file:
+        if not file.is_file():  # the parser of transformers would go on without it
             parser.error(f"--args_file {file} does not exist")
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
     logging.basicConfig(format="%(message)s")
@@ -341,14 +341,15 @@ def main():
     )
     for callback in (AuxiliaryLossLogger(), GroupGradientNorms(), SpatialRangeEntropy()):
         callback.attach(trainer)
-    trainer.add_callback(StopIfDone())
+    stop_if_done = StopIfDone()
+    trainer.add_callback(stop_if_done)
     if training_args.do_train:
         checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
         if checkpoint is not None:
             logger.info(f"Training goes on from {checkpoint}")
         try:
             output = trainer.train(resume_from_checkpoint=checkpoint)
-            is_new = checkpoint is None or output.global_step > last_step(checkpoint)
+            is_new = output.global_step > stop_if_done.first_step
         except TrainingIsDone:
             is_new = False
         if is_new:

@@ -376,6 +376,13 @@ def test_answers_are_found_where_the_template_rewrites_what_precedes_them(templa
     assert processor.decode(labels[labels != -100]).replace(" ", "") == "b<|endoftext|>d<|endoftext|>"
 
 
+def test_without_an_end_token_the_next_turn_is_not_trained_on():
+    processor = make_processor(THINKS_LAST.replace("<|endoftext|>\n", "\n"))
+    row = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
+    labels = AureaDataCollator(processor)([row])["labels"][0]
+    assert processor.decode(labels[labels != -100]).replace("\n", "") == "bd"
+
+
 def test_template_that_rewrites_an_answer_is_refused():
     template = THINKS_LAST.replace("else p['text']", "else p['text'] | upper")
     assert template != THINKS_LAST

@@ -118,6 +118,16 @@ def test_train_an_adapter(untrained, tmp_path):
             ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--curriculum", "[[1"],
             "--curriculum [[1 is no JSON",
         ),
+        (
+            [
+                "--dataset=scenes",
+                "--output_dir",
+                "x",
+                "--do_train",
+                '--config_overrides={"fusion_config": {"raduis": 2}}',
+            ],
+            "did you mean 'radius'",
+        ),
     ],
 )
 def test_bad_options_are_named(untrained, tmp_path, options, message):

@@ -431,8 +431,7 @@ class AureaDataCollator:
             through = render(messages[: number + 1])
             if prompt is None or not (text.startswith(through) and through.startswith(prompt)):
                 return text, self._find_answers(messages, text, ends)
-            if through.rstrip().endswith(ends):  # white space behind an end token is never generated
-                through = through.rstrip()
+            through = _end_of_turn(through, ends)
             spans.append((len(prompt), len(through)))
         return text, spans
 
@@ -450,7 +449,9 @@ class AureaDataCollator:
             {**message, "content": [{"type": "text", "text": marks[number]}]} if number in answers else message
             for number, message in enumerate(messages)
         ]
-        end_token = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends))})") if ends else re.compile("")
+        last = max(answers)
+        closing = self.processor.apply_chat_template(marked[: last + 1]).partition(marks[last])[2]
+        closing = _end_of_turn(closing, ends)  # what ends an answer, and not what begins the next turn
         rest, position, spans = self.processor.apply_chat_template(marked), 0, []
         for number, answer in answers.items():
             before, mark, rest = rest.partition(marks[number])
@@ -462,8 +463,7 @@ class AureaDataCollator:
                     f"cannot be found: mark answers with {{% generation %}} in the template"
                 )
             position = start + len(answer)
-            end = end_token.match(rest)
-            spans.append((start, position + (end.end() if end else 0)))
+            spans.append((start, position + (len(closing) if rest.startswith(closing) else 0)))
         if text[position:] != rest:
             raise ValueError(
                 "the chat template writes what follows the answers by what they say, so they cannot be told apart: "
@@ -537,6 +537,11 @@ def _separate(messages: list[dict]) -> list[list[dict]]:
     begins = [start, *ends[:-1]]
     ends[-1:] = [len(messages)]
     return [messages[:start] + messages[begin:end] for begin, end in zip(begins, ends)]
+
+
+def _end_of_turn(text: str, ends: tuple[str, ...]) -> str:
+    """The text without the white space behind its end token, which is never generated."""
+    return text.rstrip() if text.rstrip().endswith(ends) else text
 
 
 def _without_none(row: dict[str, Any]) -> dict[str, Any]:

@@ -752,7 +752,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             # With nothing to predict the loss is zero, not the mean of nothing.
-            num_targets = kwargs.pop("num_items_in_batch", None)
+            num_targets = kwargs.get("num_items_in_batch")
             if num_targets is None:
                 targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
                 num_targets = (targets != -100).sum()

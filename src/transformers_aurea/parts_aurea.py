@@ -51,13 +51,7 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
         ValueError: an encoder's place is given to something else; an override is none of [`AureaConfig`] or
             [`AureaFusionConfig`]; whatever these refuse.
     """
-    own = {"vision_config", "spatial_vision_config", "text_config"}
-    if given := sorted(own & config_overrides.keys()):
-        raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
-    _check_names(config_overrides, AureaConfig, own)
-    fusion = config_overrides.get("fusion_config")
-    if isinstance(fusion, dict):
-        _check_names(fusion, AureaFusionConfig)
+    check_overrides(config_overrides)
     return AureaConfig(
         vision_config=_vision_config(vision, "vision"),
         spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
@@ -66,8 +60,21 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
     )
 
 
+def check_overrides(config_overrides: dict) -> None:
+    """Refuses what [`AureaConfig`] and [`AureaFusionConfig`] would keep without using it, and configurations of parts.
+
+    Raises:
+        ValueError: an override is none of their arguments, or a part's configuration.
+    """
+    own = {"vision_config", "spatial_vision_config", "text_config"}
+    if given := sorted(own & config_overrides.keys()):
+        raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
+    _check_names(config_overrides, AureaConfig, own)
+    if isinstance(fusion := config_overrides.get("fusion_config"), dict):
+        _check_names(fusion, AureaFusionConfig)
+
+
 def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], excluded: Iterable[str] = ()):
-    """Refuses what a configuration would keep without using it."""
     known = sorted({field.name for field in fields(config_class)} - {*excluded})
     for name in settings:
         if name not in known:
@@ -324,11 +331,13 @@ def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
 __all__ = [
     "IMAGE_TOKEN",
     "Part",
+    "check_overrides",
     "image_token",
     "load_encoder",
     "load_language_model",
     "load_tokenizer",
     "model_from_parts",
     "parts_config",
+    "pooling_settings",
     "view_settings",
 ]
