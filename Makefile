@@ -9,7 +9,7 @@ quality:
 	ruff format --check .
 
 test:
-	python -m pytest -m "not slow and not gpu"
+	python -m pytest -n 2 -m "not slow and not gpu"
 
 slow:
 	python -m pytest -m "slow and not gpu"

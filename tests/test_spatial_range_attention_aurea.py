@@ -100,7 +100,8 @@ def test_outputs_and_gradients_match_unfold(batch, height, width, radius):
     actual = outputs_and_gradients(spatial_range_weights, neighborhood_aggregate, *inputs, radius)
     for value, reference in zip(actual, expected):
         assert value.dtype == torch.float32
-        assert relative_error(value, reference) < 2e-6
+        # The gradient of σ is one sum over everything, of either sign: what is left of it is small.
+        assert relative_error(value, reference) < (2e-6 if value.numel() > 1 else 1e-5)
 
 
 @pytest.mark.parametrize("tile_shape", TILE_SHAPES, ids=str)
