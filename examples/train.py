@@ -79,7 +79,7 @@ class ModelArguments:
     lora_words: list[str] | None = field(
         default=None, metadata={"help": "With LoRA, words whose tokens' embeddings train too: new ones to learn."}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit decoder (CUDA and bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: 4-bit decoder (needs bitsandbytes)."})
 
 
 @dataclass

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_integrations_aurea import LOGITS_SCRIPT, run_without_package
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, training_aurea
@@ -353,6 +353,49 @@ class TestQuantization:
         expected = in_group(linear_modules(model), "language_model")
         skipped = modules_not_to_quantize([group for group in PARAMETER_GROUPS if group != "language_model"])
         assert self.quantized(monkeypatch, model, skipped) == expected
+
+    def test_adapters_learn_beside_a_decoder_in_4_bits(self, tmp_path):
+        bitsandbytes, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+        precise = tiny_model({"hidden_size": 192, "intermediate_size": 256} | UNTIED)  # as bitsandbytes packs them
+        precise.save_pretrained(tmp_path / "model")
+
+        def load():
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.float32,
+                llm_int8_skip_modules=modules_not_to_quantize(),
+            )
+            model = AureaForConditionalGeneration.from_pretrained(tmp_path / "model", quantization_config=config)
+            return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+        model, batch = load().train(), mixed_batch()
+        in_4_bits = bitsandbytes.nn.Linear4bit
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, in_4_bits)}
+        assert layers.keys() == in_group(linear_modules(precise), "language_model", "cross_attention") - {"lm_head"}
+        with torch.no_grad():
+            for name, layer in layers.items():
+                rounded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                precise.get_submodule(name).weight.copy_(rounded)
+            torch.testing.assert_close(model(**batch).logits, precise(**batch).logits)
+
+        before = [layer.weight.clone() for layer in layers.values()]
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=lora_targets(model, "all")))
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        losses = []
+        for _ in range(10):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers.values(), before))
+
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
     def test_an_unknown_group_is_refused(self):
         with pytest.raises(ValueError, match=r"Unknown parameter groups \['towers'\]"):
