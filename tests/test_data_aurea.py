@@ -194,6 +194,8 @@ def test_bad_records_are_kept_for_the_collator_to_report(tmp_path, processor):
         {"id": "robot", "conversations": [{"from": "robot", "value": "?"}]},
         {"id": "empty", "conversations": []},
         {"id": "absent"},
+        {"id": "two roles", "conversations": [{"from": ["human"], "value": "q"}]},
+        {"id": "half", "image": [None, "a.png"], "conversations": LLAVA[0]["conversations"]},
         {"id": "odd", "conversations": ["text", {"from": "gpt", "value": None}]},
         {"id": "no placeholder", "image": "a.png", "conversations": LLAVA[2]["conversations"]},
         {"id": "no picture", "conversations": LLAVA[0]["conversations"]},
@@ -205,6 +207,8 @@ def test_bad_records_are_kept_for_the_collator_to_report(tmp_path, processor):
     assert list(reasons) == [record["id"] for record in records]
     assert "turn 0 has the unknown role 'robot'" in reasons["robot"]
     assert "conversation is empty" in reasons["empty"] and "conversation is empty" in reasons["absent"]
+    assert "turn 0 has the unknown role \"['human']\"" in reasons["two roles"]
+    assert "2 images for 1 placeholders" in reasons["half"]
     assert "turn 0 has the unknown role 'None'" in reasons["odd"]
     assert "1 images for 0 placeholders" in reasons["no placeholder"]
     assert "0 images for 1 placeholders" in reasons["no picture"]
@@ -221,6 +225,13 @@ CONTENTS = {
     "OpenAI": {"messages": [user({"type": "image_url", "image_url": {"url": "x.png"}}, "a")]},
     "placeholder in the text": {"messages": [{"role": "user", "content": "<image>\na"}], "images": ["x.png"]},
     "text alone, as in TRL": {"messages": [{"role": "user", "content": "a"}], "images": ["x.png"]},
+    "column of NumPy": {"messages": np.array([user(IMAGE, "a")]), "images": np.array(["x.png"], dtype=object)},
+    "content of NumPy": {"messages": [{"role": "user", "content": np.array([IMAGE, text("a")])}], "image": "x.png"},
+    "content of tuples": {"messages": ({"role": "user", "content": (IMAGE, "a")},), "images": ("x.png",)},
+    "names of other turns": {
+        "messages": [{"from": "human", "value": "<image>a", "role": None, "content": None}],
+        "images": ["x.png"],
+    },
     "columns of other rows": {"id": None, "messages": [user(IMAGE, "a")], "conversations": None, "images": ["x.png"]},
 }
 
@@ -229,6 +240,12 @@ CONTENTS = {
 def test_every_way_to_write_a_picture_gives_the_same_row(row):
     expected = {"id": None, "messages": [user(IMAGE, "a")], "images": ["x.png"]}
     assert to_chat_row(row) == expected
+
+
+def test_one_part_alone_is_a_content():
+    part = {"type": "image", "image": "x.png"}
+    row = {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": text("a")}]}
+    assert to_chat_row(row) == {"id": None, "messages": [user(IMAGE), assistant("a")], "images": ["x.png"]}
 
 
 def test_picture_in_bytes_is_turned_as_one_in_a_file(processor, tmp_path):
@@ -368,19 +385,23 @@ THINKS_LAST = CHATML.replace(
 THINKS_FIRST = CHATML.replace("{% if add_generation_prompt %}<|assistant|>", "{% if add_generation_prompt %}<think>")
 
 
-@pytest.mark.parametrize("template", [THINKS_LAST, THINKS_FIRST], ids=["last answer alone thinks", "prompt thinks"])
-def test_answers_are_found_where_the_template_rewrites_what_precedes_them(template):
+@pytest.mark.parametrize(
+    "template, thought",
+    [(THINKS_LAST, "<think></think>"), (THINKS_FIRST, "")],
+    ids=["last answer alone thinks", "prompt thinks"],
+)
+def test_answers_are_found_where_the_template_rewrites_what_precedes_them(template, thought):
     processor = make_processor(template)
     row = {"messages": [user("b"), assistant("b"), user("[answer 1] d"), assistant("d ")]}
     labels = AureaDataCollator(processor)([row])["labels"][0]
-    assert processor.decode(labels[labels != -100]).replace(" ", "") == "b<|endoftext|>d<|endoftext|>"
+    assert processor.decode(labels[labels != -100]).replace(" ", "") == f"b<|endoftext|>{thought}d<|endoftext|>"
 
 
 def test_without_an_end_token_the_next_turn_is_not_trained_on():
     processor = make_processor(THINKS_LAST.replace("<|endoftext|>\n", "\n"))
     row = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}
     labels = AureaDataCollator(processor)([row])["labels"][0]
-    assert processor.decode(labels[labels != -100]).replace("\n", "") == "bd"
+    assert processor.decode(labels[labels != -100]).replace("\n", "") == "b<think></think>d"
 
 
 def test_template_that_rewrites_an_answer_is_refused():
@@ -423,7 +444,24 @@ BAD_ROWS = {
     "missing picture": (bad(images=["no/such.png"]), "picture 0, no/such.png, cannot be read: it is neither an exist"),
     "corrupt picture": (bad(images=[png()[:200]]), "picture 0, cannot be read: "),
     "no picture at all": (bad(images=[b"text"]), "picture 0, cannot be read: cannot identify"),
-    "nothing as a picture": (bad(images=[{"bytes": None, "path": None}]), "0 images for 1 placeholders"),
+    "nothing as a picture": (bad(images=[{"bytes": None, "path": None}]), "picture 0 is missing"),
+    "nothing beside a picture": (bad(images=[None, picture()]), "2 images for 1 placeholders"),
+    "two columns": (bad(image=picture()), "2 images for 1 placeholders"),
+    "picture of a turn": (
+        bad(messages=[{"role": "user", "content": "a", "images": ["x"]}, assistant("b")], images=[]),
+        "turn 0 contains \"pictures under 'images'\"; .* parts of type image or under `images` of the row",
+    ),
+    "picture of a text": (bad(messages=[user({**text("a"), "path": "x"})]), "turn 0 contains 'text with a picture'"),
+    "text of a picture": (bad(messages=[user({**IMAGE, "text": "a"})]), "turn 0 contains 'image with a text'"),
+    "answer that is no text": (
+        bad(messages=[user(IMAGE), {"role": "assistant", "content": [{"type": "text", "text": ["b"]}]}]),
+        "turn 1 contains 'text of list'",
+    ),
+    "part of no kind": (bad(messages=[user(IMAGE, b"a"), assistant("b")]), "turn 0 contains 'bytes'"),
+    "columns of turns": (
+        bad(messages={"role": ["user"], "content": ["a"]}),
+        r"turn 0 has the unknown role \"\['user'",
+    ),
     "number as a picture": (bad(images=[3]), "TypeError: A picture must be .* int: 3"),
 }
 
@@ -464,6 +502,15 @@ def test_skipped_rows_leave_a_row_that_trains_nothing(processor, converted):
         loss.backward()
         assert loss == 0
     assert all(parameter.grad.eq(0).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_malformed_row_without_id_is_named_and_skipped(processor):
+    rows = [mixed_rows()[1], {"messages": [{"role": ["user"], "content": [3]}]}]
+    with pytest.raises(ValueError, match=r"row 1 of its batch, '3': turn 0 has the unknown role"):
+        AureaDataCollator(processor)(rows)
+    collator = AureaDataCollator(processor, on_error="skip")
+    collator(rows)
+    assert len(collator.skipped) == 1
 
 
 def test_row_without_id_is_named_by_its_place_and_words(processor):
@@ -571,6 +618,17 @@ def test_independent_turns_show_their_pictures_first(processor):
     late = [user("Hello"), assistant("Hi"), user(IMAGE, "What?"), assistant("A cat.")]
     with pytest.raises(ValueError, match=r"late: turn 2 shows a picture: .* before the first answer"):
         AureaDataCollator(processor, independent_turns=True)([{"id": "late", "messages": late, "images": [picture()]}])
+
+
+def test_independent_turns_all_answer_something(processor):
+    row = {
+        "id": "x",
+        "messages": [user(IMAGE, "What?"), assistant("A cat."), assistant("Yes.")],
+        "images": [picture()],
+    }
+    assert "Yes." in trained_texts(processor, AureaDataCollator(processor)([row]))[0]
+    with pytest.raises(ValueError, match="x: turn 2 answers no question"):
+        AureaDataCollator(processor, independent_turns=True)([row])
 
 
 def test_trainer_uses_no_cache_which_would_let_independent_turns_see_each_other(golden_processor, converted, tmp_path):

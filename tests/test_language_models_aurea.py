@@ -192,6 +192,10 @@ class TestLanguageModels:
             tiny_config({"model_type": family})
         assert "cross-attention" in str(error.value) or "not a decoder language model" in str(error.value)
 
+    def test_a_decoder_with_a_cache_of_its_own_is_refused(self):
+        with pytest.raises(Exception, match="'minimax', whose MiniMaxModel takes no cache but a MiniMaxCache"):
+            tiny_config({"model_type": "minimax"})
+
     def test_encoders_are_refused_as_language_model(self):
         with pytest.raises(Exception, match="'siglip_vision_model', which is not a decoder language model"):
             tiny_config({"model_type": "siglip_vision_model"})

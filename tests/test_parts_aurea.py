@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
+    Gemma3Config,
     GenerationConfig,
     PreTrainedTokenizerFast,
     SiglipConfig,
@@ -286,6 +287,10 @@ class TestImageToken:
             from_modules(text=tmp_path)
         assert from_modules(text=tmp_path, image_token_id=7).config.image_token_id == 7
 
+    def test_it_has_no_name_by_which_others_would_look_for_it(self, folder):
+        model = from_folders(folder)
+        assert model.name_or_path == model.config.name_or_path == ""
+
 
 BAD_PARTS = {
     "text model as encoder": ({"vision": "llama"}, ValueError, "`vision` is of type 'llama', which is not a vision"),
@@ -318,6 +323,14 @@ def test_bad_parts_are_refused_by_name(folder, arguments, error, message):
     arguments = {name: folder / value if isinstance(value, str) else value for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         from_folders(folder, **arguments)
+
+
+def test_a_language_model_with_a_tower_of_its_own_is_refused(folder, tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for call in (from_folders, processor_of):
+        with pytest.raises(ValueError, match=r"`text` is of type 'gemma3', .* Load its language model alone"):
+            call(folder, text=tmp_path)
 
 
 def test_encoder_folders_that_lack_weights_are_refused(folder, tmp_path):

@@ -225,6 +225,7 @@ FAMILIES = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": {},
     "starcoder2": {},
+    "minicpm3": {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
 }
 
 
@@ -274,6 +275,14 @@ class TestLoraTargets:
         adapted = adapted_modules(adapted_model(model, lora_targets(model, "language_model")))
         assert sum("self_attn" in name for name in adapted) == 4 * 3
         assert not [name for name in adapted if "mamba" in name or name.endswith(".gate") or "cross" in name]
+
+    def test_linear_attention_is_adapted(self):
+        heads = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+        heads |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 16}
+        model = tiny_model({"model_type": "qwen3_next", "num_experts": 4, "moe_intermediate_size": 16, **heads})
+        expected = {name for name in linear_modules(model) if "linear_attn" in name}
+        adapted = adapted_modules(adapted_model(model, lora_targets(model, "language_model")))
+        assert expected and expected <= adapted
 
     def test_a_group_beside_the_adapter_trains_in_full(self):
         model = tiny_model()

@@ -7,6 +7,7 @@ Any decoder LM and any vision encoder that transformers knows may take a part's 
 """
 
 import inspect
+import re
 from functools import lru_cache
 from typing import Literal
 
@@ -458,6 +459,11 @@ def _validate_decoder(config_class: type[PreTrainedConfig]):
             f"`text_config` is of type '{name}', whose {decoder_class.__name__} does not hand keyword arguments on to "
             "its layers: the visual states could not reach the cross-attention blocks. Choose another language model "
             "(Phi-3, Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … do)."
+        )
+    if own_cache := re.search(r"not isinstance\(past_key_values, (?!EncoderDecoderCache|Cache)(\w+)\)", source):
+        raise ValueError(
+            f"`text_config` is of type '{name}', whose {decoder_class.__name__} takes no cache but a {own_cache[1]}, "
+            "which does not keep the pictures' keys. Choose another language model."
         )
     if source.count("past_key_values") < 2 or inspect.signature(forward).return_annotation is BaseModelOutput:
         raise ValueError(

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,60 +129,74 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
         index: the id of a row that has none.
         image_folder: what relative paths are relative to.
     """
-    turns = row.get("messages") or row.get("conversations") or []
-    turns = turns if isinstance(turns, (list, tuple)) else [turns]
-    column = row.get("images")
-    if column is None or (isinstance(column, (list, tuple)) and not column):
-        column = row.get("image")
-    column = [] if column is None else list(column) if isinstance(column, (list, tuple)) else [column]
+    turns = _listed(row.get("messages")) or _listed(row.get("conversations"))
+    column = _listed(row.get("images")) + _listed(row.get("image"))
+    if all(image is None for image in column):
+        column = []
 
     messages = []
     for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        role = turn.get("role") or turn.get("from")
-        role = LLAVA_ROLES.get(role, role)
-        content = turn["content"] if "content" in turn else turn.get("value")
-        messages.append({"role": str(role), "content": _to_parts(content)})
+        turn = turn if isinstance(turn, Mapping) else {}
+        role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
+        content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+        outside = [{"type": f"pictures under '{key}'"} for key in ("images", "image") if _listed(turn.get(key))]
+        messages.append({"role": LLAVA_ROLES.get(str(role), str(role)), "content": _to_parts(content) + outside})
 
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    plain = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)
+    plain = all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns)
     if column and not parts and plain:
         first = next((message for message in messages if message["role"] == "user"), {"content": []})
         parts = [{"type": "image"} for _ in column]
         first["content"][:0] = parts
     images, column = [], iter(column)
     for part in parts:
-        picture = part.pop("image", None)
-        images.append(next(column, None) if picture is None else picture)
+        images += [part.pop("image")] if "image" in part else [*islice(column, 1)]
     images = [_locate(image, image_folder) for image in (*images, *column)]
-    images = [image for image in images if image is not None]
     identity = row.get("id") if row.get("id") is not None else index
     return {"id": None if identity is None else str(identity), "messages": messages, "images": images}
 
 
-def _to_parts(content) -> list[dict[str, Any]]:
-    """A content as parts `{"type": "text", "text"}` and `{"type": "image"}`, with its `image` where it has one."""
-    if content is None:
+def _listed(value) -> list:
+    """The elements of a list, also as pandas and NumPy give it; one element by itself is a list of one."""
+    if value is None:
         return []
-    if not isinstance(content, list):
-        pieces = _PLACEHOLDER.split(str(content))  # text, then by turns the kind of a placeholder and text
+    is_list = isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.kind in "OUS")
+    return list(value) if is_list else [value]
+
+
+def _to_parts(content) -> list[dict[str, Any]]:
+    """A content as parts `{"type": "text", "text"}` and `{"type": "image"}`, with its `image` where it has one. What
+    is neither keeps its place under a type that says what it is."""
+    if isinstance(content, str):
+        pieces = _PLACEHOLDER.split(content)  # text, then by turns the kind of a placeholder and text
         parts = [
             {"type": piece} if number % 2 else {"type": "text", "text": piece} for number, piece in enumerate(pieces)
         ]
         return [part for part in parts if part.get("text") != ""]
-    parts = []
-    for part in content:
-        part = part if isinstance(part, dict) else {"type": "text", "text": part}
-        if part.get("type") in ("image", "image_url"):
-            picture = next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
-            if isinstance(picture, dict) and "url" in picture:
-                picture = picture["url"]
-            parts.append({"type": "image"} | ({} if picture is None else {"image": picture}))
-        elif part.get("type") == "text":
-            parts.append({"type": "text", "text": str(part.get("text") or "")})
-        else:
-            parts.append({"type": str(part.get("type"))})
-    return parts
+    return [_to_part(part) for part in _listed(content)]
+
+
+def _to_part(part) -> dict[str, Any]:
+    if isinstance(part, (str, int, float)):
+        return {"type": "text", "text": str(part)}
+    if isinstance(part, PIL.Image.Image):
+        return {"type": "image", "image": part}
+    if not isinstance(part, Mapping):
+        return {"type": type(part).__name__}
+    kind = "image" if part.get("type") == "image_url" else str(part.get("type"))
+    words = "" if part.get("text") is None else part["text"]
+    picture = next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
+    if kind == "text":
+        if picture is not None:
+            return {"type": "text with a picture"}
+        return _to_part(words) if isinstance(words, (str, int, float)) else {"type": f"text of {type(words).__name__}"}
+    if kind != "image":
+        return {"type": kind}
+    if words != "":
+        return {"type": "image with a text"}
+    if isinstance(picture, Mapping) and "url" in picture:
+        picture = picture["url"]
+    return {"type": "image"} | ({} if picture is None else {"image": picture})
 
 
 def _locate(picture, folder: str | None):
@@ -199,7 +214,7 @@ def _read_llava(files: list[str], stamps: list, image_folder: str | None) -> Ite
             if not isinstance(record, dict):
                 raise ValueError(f"{file}: record {number} is no object, but {record!r:.100}")
             row = to_chat_row(record, f"{Path(file).name}:{number}", image_folder)
-            yield {**row, "images": [str(image) for image in row["images"]]}
+            yield {**row, "images": [image and str(image) for image in row["images"]]}
 
 
 def _read_records(file: str) -> Iterator[Any]:
@@ -349,6 +364,8 @@ class AureaDataCollator:
         row = to_chat_row(row)
         messages = row["messages"]
         self._check(messages, len(row["images"]))
+        if missing := [number for number, image in enumerate(row["images"]) if image is None]:
+            raise ValueError(f"picture {missing[0]} is missing: it is None")
         images = [_open_picture(image, number) for number, image in enumerate(row["images"])]
         conversations = _separate(messages) if self.independent_turns else [messages]
         inputs, trained = self._tokenize(conversations, images)
@@ -381,7 +398,10 @@ class AureaDataCollator:
                 raise ValueError(f"turn {number} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
             for part in parts:
                 if part["type"] not in ("image", "text"):
-                    raise ValueError(f"turn {number} contains {part['type']!r}; contents are text and image")
+                    raise ValueError(
+                        f"turn {number} contains {part['type']!r}; contents are text and image, and pictures stand "
+                        f"in parts of type image or under `images` of the row"
+                    )
             if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
                 raise ValueError(f"turn {number} is an answer without text")
         if self.train_on == "assistant" and not any(message["role"] == "assistant" for message in messages):
@@ -450,9 +470,10 @@ class AureaDataCollator:
             for number, message in enumerate(messages)
         ]
         last = max(answers)
-        closing = self.processor.apply_chat_template(marked[: last + 1]).partition(marks[last])[2]
+        render = self.processor.apply_chat_template
+        closing = render(marked[: last + 1]).partition(marks[last])[2]
         closing = _end_of_turn(closing, ends)  # what ends an answer, and not what begins the next turn
-        rest, position, spans = self.processor.apply_chat_template(marked), 0, []
+        rest, position, spans = render(marked), 0, []
         for number, answer in answers.items():
             before, mark, rest = rest.partition(marks[number])
             start = position + len(before)
@@ -462,8 +483,12 @@ class AureaDataCollator:
                     f"the chat template writes the answer of turn {number} in another way than it is given, so it "
                     f"cannot be found: mark answers with {{% generation %}} in the template"
                 )
-            position = start + len(answer)
-            spans.append((start, position + (len(closing) if rest.startswith(closing) else 0)))
+            end = start + len(answer)
+            prompt = render(messages[:number], add_generation_prompt=True) if number else ""
+            if position <= len(prompt) < start and text.startswith(prompt):
+                start = len(prompt)  # what the template itself adds to it, as an empty thought, is part of the answer
+            position = end
+            spans.append((start, end + (len(closing) if rest.startswith(closing) else 0)))
         if text[position:] != rest:
             raise ValueError(
                 "the chat template writes what follows the answers by what they say, so they cannot be told apart: "
@@ -525,7 +550,8 @@ def _separate(messages: list[dict]) -> list[list[dict]]:
     """A conversation of its own for each answer: the system messages at the front, and what leads up to it.
 
     Raises:
-        ValueError: a picture is shown after the first answer; the questions before it must not see it.
+        ValueError: a picture is shown after the first answer (the questions before it must not see it), or an answer
+            follows no question.
     """
     start = next((number for number, message in enumerate(messages) if message["role"] != "system"), len(messages))
     ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -535,6 +561,9 @@ def _separate(messages: list[dict]) -> list[list[dict]]:
                 f"turn {number} shows a picture: with `independent_turns` all come before the first answer"
             )
     begins = [start, *ends[:-1]]
+    for begin, end in zip(begins, ends):
+        if begin == end - 1:
+            raise ValueError(f"turn {begin} answers no question: with `independent_turns` each answer follows one")
     ends[-1:] = [len(messages)]
     return [messages[:start] + messages[begin:end] for begin, end in zip(begins, ends)]
 

@@ -48,14 +48,20 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
     Raises:
         OSError: a part's configuration cannot be read.
         TypeError: a part is none.
-        ValueError: an encoder's place is given to something else; an override is none of [`AureaConfig`] or
+        ValueError: a part's place is given to something else; an override is none of [`AureaConfig`] or
             [`AureaFusionConfig`]; whatever these refuse.
     """
     check_overrides(config_overrides)
+    text_config = _config(text, "text")
+    if "text_config" in text_config.sub_configs:
+        raise ValueError(
+            f"`text` is of type '{text_config.model_type}', a language model with more around it. Load its language "
+            "model alone (a `...ForCausalLM`), and give that and a `tokenizer`."
+        )
     return AureaConfig(
         vision_config=_vision_config(vision, "vision"),
         spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
-        text_config=_config(text, "text"),
+        text_config=text_config,
         **config_overrides,
     )
 
@@ -195,6 +201,7 @@ def model_from_parts(
         model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
     finally:
         logging.set_verbosity(verbosity)
+    model.name_or_path = model.config.name_or_path = ""  # it is saved nowhere; the loader says 'None'
     _copy_buffers(decoder, model.model.language_model)
     _make_room_for_image_token(model)
     _check_encoders(model)

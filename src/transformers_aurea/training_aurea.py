@@ -49,8 +49,9 @@ STAGES = {
 _BLOCK = r"(?:closing_)?cross_attention_block"
 _DECODER_PROJECTIONS = (
     r"\.(?:qkv_proj|[qkvo]_proj|query_key_value|c_attn|c_proj|dense"  # attention
+    r"|(?:q|kv)_[ab]_proj(?:_with_mqa)?"  # with latent keys and values
     r"|gate_up_proj|(?:gate|up|down)_proj|c_fc|fc[12]|w[123]|dense_h_to_4h|dense_4h_to_h)"  # MLP
-    r"|attn\.out_proj"  # not a Mamba layer's, which takes no adapter
+    r"|attn\.(?:in_proj_\w+|out_proj)"  # linear attention; not a Mamba layer's, which take no adapter
 )
 LORA_TARGETS = {
     "language_model": rf"(?:model\.)?language_model\.(?!.*{_BLOCK}).*(?:{_DECODER_PROJECTIONS})",
