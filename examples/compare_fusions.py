@@ -6,13 +6,14 @@
 All runs get the same pictures and questions in the same order, scenes of one object and then of up to two, and as
 many steps; a seed fixes the first weights. Prints, per fusion, how many parameters train, and the mean exact match on
 test scenes of up to two objects with its standard deviation over the seeds; below, what the commonest answer reaches.
-Every run's figures are in `comparison.json` as soon as it ends. What is there is not run again, and what was cut off
-goes on where it was.
+Every run's figures are in `comparison.json` as soon as it ends. What is there with as many pictures is not run again,
+and what was cut off goes on where it was.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,39 +34,36 @@ TWO_OBJECTS = ONE_OBJECT | {"left_right": 2, "above_below": 2, "locate": 2}
 CURRICULUM = json.dumps([[0.2, 1, ONE_OBJECT], [1, 2, TWO_OBJECTS]])
 
 
+def trained_groups(fusion_type: str) -> list[str]:
+    return [group for group in GROUPS if group != UNUSED.get(fusion_type)]
+
+
 def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
-    """One training and its evaluation."""
+    """The scores of one training. What of it is done already, whole, is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
-    start, trained, scores = folder / "start", folder / "trained", folder / "scores.json"
-    groups = [group for group in GROUPS if group != UNUSED.get(fusion_type)]
-    commands = [
-        ["make_embedded_model.py", "--output_dir", start, "--fusion_type", fusion_type, "--seed", seed],
-        [
-            *("train.py", "--args_file", EXAMPLES / "embedded.args"),
-            *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *groups),
-            *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False"),
-            *("--curriculum", CURRICULUM),
-        ],
-        [
-            *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
-            *("--scenes", args.eval_scenes, "--max_objects", 2, "--no_controls"),
-        ],
-    ]
-    with open(folder / "log.txt", "a") as log:
-        for script, *options in commands:
-            if script == "make_embedded_model.py" and (start / "config.json").is_file():
-                continue
-            command = [sys.executable, EXAMPLES / script, *options]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run([str(part) for part in command], env=environment, stdout=log, stderr=log, check=True)
-    report = set_trainable(AureaForConditionalGeneration.from_pretrained(start), groups)
-    return {
-        "fusion_type": fusion_type,
-        "seed": seed,
-        "scenes": args.scenes,
-        "trainable_parameters": report.trainable,
-        "scores": json.loads(scores.read_text()),
-    }
+    start, half_written, trained, scores = (folder / name for name in ("start", "partial", "trained", "scores.json"))
+
+    def call(script: str, *options):
+        command = [str(part) for part in (sys.executable, EXAMPLES / script, *options)]
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+        if done.returncode:
+            raise RuntimeError(f"{script} ended with {done.returncode}; {folder / 'log.txt'} says why")
+
+    if not start.is_dir():
+        shutil.rmtree(half_written, ignore_errors=True)
+        call("make_embedded_model.py", "--output_dir", half_written, "--fusion_type", fusion_type, "--seed", seed)
+        half_written.rename(start)
+    call(
+        *("train.py", "--args_file", EXAMPLES / "embedded.args"),
+        *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *trained_groups(fusion_type)),
+        *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False", "--curriculum", CURRICULUM),
+    )
+    call(
+        *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
+        *("--scenes", args.eval_scenes, "--max_objects", 2, "--no_controls"),
+    )
+    return json.loads(scores.read_text())
 
 
 def table(runs: list[dict]) -> str:
@@ -94,24 +92,36 @@ def main():
     parser.add_argument("--eval_scenes", type=int, default=500, help="test pictures (default: 500)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()
+    for name in ("scenes", "eval_scenes", "processes"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "comparison.json"
     runs = json.loads(file.read_text()) if file.is_file() else []
-    if other := {found["scenes"] for found in runs} - {args.scenes}:
-        parser.error(f"{file} is of trainings on {other} scenes, not {args.scenes}: give another --output_dir")
-    done = {(found["fusion_type"], found["seed"]) for found in runs}
-    jobs = [(fusion_type, seed) for seed in args.seeds for fusion_type in args.fusion_types]
+    sizes = {"scenes": args.scenes, "eval_scenes": args.eval_scenes}
+    jobs = [
+        {"fusion_type": fusion_type, "seed": seed, **sizes}
+        for seed in dict.fromkeys(args.seeds)
+        for fusion_type in dict.fromkeys(args.fusion_types)
+    ]
     with ThreadPoolExecutor(args.processes) as pool:
-        started = [
-            pool.submit(run, args.output_dir / f"{fusion_type}-{seed}", fusion_type, seed, args)
-            for fusion_type, seed in jobs
-            if (fusion_type, seed) not in done
-        ]
+        started = {}
+        for job in jobs:
+            if not any(job.items() <= found.items() for found in runs):
+                folder = args.output_dir / "-".join(str(value) for value in job.values())
+                started[pool.submit(run, folder, job["fusion_type"], job["seed"], args)] = job, folder
         for ended in as_completed(started):
-            runs.append(ended.result())
-            file.write_text(json.dumps(runs, indent=1) + "\n")
-    print(table(sorted(runs, key=lambda found: (list(FUSIONS).index(found["fusion_type"]), found["seed"]))))
+            job, folder = started[ended]
+            scores = ended.result()
+            model = AureaForConditionalGeneration.from_pretrained(folder / "start")
+            report = set_trainable(model, trained_groups(job["fusion_type"]))
+            runs.append({**job, "trainable_parameters": report.trainable, "scores": scores})
+            half_written = file.with_suffix(".partial")
+            half_written.write_text(json.dumps(runs, indent=1) + "\n")
+            half_written.replace(file)
+    wanted = [found for found in runs if sizes.items() <= found.items()]
+    print(table(sorted(wanted, key=lambda found: (list(FUSIONS).index(found["fusion_type"]), found["seed"]))))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,13 @@ def training_pictures(args_file: Path) -> SceneDataset:
     return SceneDataset(train_seeds(args.scenes), kinds=(), curriculum=[stage[:2] for stage in args.curriculum])
 
 
+def as_json(text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="folder or hub id (default: the embedded model)")
@@ -119,13 +126,15 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--train_args", type=Path, help="look for test pictures among those trained on with this file")
     parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
-    parser.add_argument("--recolor", type=json.loads, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
+    parser.add_argument("--recolor", type=as_json, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
     parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
     for name in ("scenes", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.scenes == 1 and not args.no_controls:
+        parser.error("--scenes 1 leaves no wrong picture to show: give at least 2, or --no_controls")
     if args.first_scene < 0:
         parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
     if args.output and not args.output.parent.is_dir():

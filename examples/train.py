@@ -127,8 +127,9 @@ def check_options(model_args: ModelArguments, data_args: DataArguments, training
         raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
     if training_args.do_eval and data_args.eval_dataset is None and data_args.dataset != "scenes":
         raise ValueError("--do_eval needs --eval_dataset.")
-    if data_args.scenes < 1:
-        raise ValueError(f"--scenes must be at least 1, got {data_args.scenes}.")
+    for name, least in {"scenes": 1, "eval_scenes": 1, "first_scene": 0}.items():
+        if getattr(data_args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {getattr(data_args, name)}.")
     if model_args.lora_words and not model_args.lora:
         raise ValueError("--lora_words needs --lora: without adapters --train_groups language_model trains all words.")
     if model_args.lora and model_args.text is not None:
@@ -141,6 +142,10 @@ def load_model(args: ModelArguments):
     """The model and its processor, from a folder or from parts."""
     parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
     overrides = parse_json("config_overrides", args.config_overrides)
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f'--config_overrides must be like {{"fusion_config": {{"radius": 2}}}}, got {args.config_overrides}.'
+        )
     given = [f"--{name}" for name, part in parts.items() if part is not None]
     missing = [f"--{name}" for name, part in parts.items() if part is None]
     if given and (missing or args.model_name_or_path is not None):

@@ -171,6 +171,7 @@ BAD_FILES = {
     "broken array": ("data.json", '[{"id": 1}, {"id"', ValueError, r"data.json is no JSON: .*column"),
     "text that is not UTF-8": ("data.jsonl", b'{"id": "\xff"}', ValueError, "data.jsonl, line 1, is no JSON: .*utf-8"),
     "broken line": ("data.jsonl", '{"id": 1}\n{"id"\n', ValueError, "data.jsonl, line 2, is no JSON"),
+    "no records": ("data.json", "[]", ValueError, "data.json holds no records"),
     "record that is a number": ("data.json", '[{"id": 1}, 5]', ValueError, "data.json: record 1 is no object, but 5"),
 }
 

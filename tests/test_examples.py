@@ -3,7 +3,9 @@
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,12 @@ def test_train_an_adapter(untrained, tmp_path):
             "--args_file nowhere.args does not exist",
         ),
         (["--dataset", "scenes", "--output_dir", "x"], "Nothing to do: give --do_train, --do_eval or both"),
+        (["--dataset", "scenes", "--output_dir", "x", "--do_eval", "--eval_scenes", "0"], "--eval_scenes must be at"),
+        (["--dataset", "scenes", "--output_dir", "x", "--do_train", "--first_scene", "-4"], "at least 0, got -4"),
+        (
+            ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--config_overrides", "[1]"],
+            '--config_overrides must be like {"fusion_config": {"radius": 2}}, got [1]',
+        ),
         (["--dataset", "c.json", "--output_dir", "x", "--do_eval"], "--do_eval needs --eval_dataset"),
         (
             ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--lora_words", "cyan"],
@@ -135,6 +143,28 @@ def test_bad_options_are_named(untrained, tmp_path, options, message, monkeypatc
     with pytest.raises((ValueError, SystemExit)) as refusal:
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
     assert message in str(refusal.value) + capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_comparison_goes_on_where_it_was_cut_off(tmp_path):
+    start = tmp_path / "semantic-0-16-4" / "start"
+    half_written = start.with_name("partial")
+    half_written.mkdir(parents=True)
+    (half_written / "config.json").write_text("{")
+
+    def compare(*options):
+        found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "semantic", *options)
+        return found.stdout if found.returncode == 0 else pytest.fail(found.stderr)
+
+    table = compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0, 0)
+    assert re.search(r"\| semantic \| 1,650,368 \| \d+\.\d \|", table)
+    assert start.is_dir() and not half_written.exists()
+    shutil.rmtree(start.parent)  # nothing is done again
+    assert compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0) == table
+    assert not start.parent.exists()
+    compare("--scenes", 16, "--eval_scenes", 5, "--seeds", 0)
+    runs = json.loads((tmp_path / "comparison.json").read_text())
+    assert [found["eval_scenes"] for found in runs] == [4, 5]
 
 
 def test_quickstart_asks_about_a_scene(tmp_path):

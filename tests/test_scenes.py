@@ -283,9 +283,33 @@ def test_a_curriculum_is_checked_before_its_last_stage_is_reached(stage):
         SceneDataset(range(100), curriculum=[(0.5, 1), stage])
 
 
-def test_recoloring_needs_a_color():
-    with pytest.raises(ValueError, match=re.escape("(0, 256, 3)")):
-        make_scene(0, recolor={"red": ("mauve", (0, 256, 3))})
+@pytest.mark.parametrize(
+    "curriculum",
+    [5, "[]", [[0.1]], [["a", 1]], [[0.1, 1, 5]], [[0.1, 1, {"color": 1}, 7]], [[-1, 1]], [[2, 1]], [3]],
+    ids=str,
+)
+def test_a_curriculum_of_another_shape_is_refused(curriculum):
+    with pytest.raises(ValueError, match=r"curriculum must be like \[\[share, max_objects\]"):
+        SceneDataset(range(3), curriculum=curriculum)
+
+
+@pytest.mark.parametrize("rgb", [(0, 256, 3), 5, None, ("a", "b", "c"), {1, 2, 3}, "123"], ids=str)
+def test_recoloring_needs_a_color(rgb):
+    with pytest.raises(ValueError, match=re.escape(f"three values from 0 to 255, not {rgb!r}")):
+        make_scene(0, recolor={"red": ("mauve", rgb)})
+
+
+@pytest.mark.parametrize("kinds", [5, [["color"]], "colour"], ids=str)
+def test_what_is_no_kind_is_named(kinds):
+    with pytest.raises(ValueError, match=r"Unknown kind .*: the kinds are color, shape"):
+        make_scene(0, kinds=kinds)
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, "3", None, True], ids=str)
+@pytest.mark.parametrize("seeds", [scenes.train_seeds, scenes.test_seeds], ids=["train", "test"])
+def test_the_number_of_seeds_is_checked(seeds, number):
+    with pytest.raises(ValueError, match=f"number of seeds must be an integer of at least 0, not {number!r}"):
+        seeds(number)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.0, True, "3", None])

@@ -210,11 +210,14 @@ def _locate(picture, folder: str | None):
 
 def _read_llava(files: list[str], stamps: list, image_folder: str | None) -> Iterator[dict]:
     for file in files:
+        number = None
         for number, record in enumerate(_read_records(file)):
             if not isinstance(record, dict):
                 raise ValueError(f"{file}: record {number} is no object, but {record!r:.100}")
             row = to_chat_row(record, f"{Path(file).name}:{number}", image_folder)
             yield {**row, "images": [image and str(image) for image in row["images"]]}
+        if number is None:
+            raise ValueError(f"{file} holds no records")
 
 
 def _read_records(file: str) -> Iterator[Any]:

@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations, permutations, product
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, TypeVar
@@ -140,13 +140,13 @@ def make_scene(
     Raises:
         ValueError: for a seed that is not an integer from 0 on, an unknown kind or color, or a number out of range.
     """
-    kinds = KINDS if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    counts = (
-        questions_per_kind if isinstance(questions_per_kind, Mapping) else dict.fromkeys(kinds, questions_per_kind)
-    )
-    for kind in (*kinds, *counts):
-        if kind not in _ASKERS:
+    kinds = KINDS if kinds is None else kinds
+    kinds = tuple(kinds) if isinstance(kinds, Iterable) and not isinstance(kinds, str) else (kinds,)
+    named = isinstance(questions_per_kind, Mapping)
+    for kind in (*kinds, *(questions_per_kind if named else ())):
+        if not isinstance(kind, str) or kind not in _ASKERS:
             raise ValueError(f"Unknown kind {kind!r}: the kinds are {', '.join(_ASKERS)}.")
+    counts = questions_per_kind if named else dict.fromkeys(kinds, questions_per_kind)
     for count in counts.values():
         if not _is_integer(count) or count < 1:
             raise ValueError(f"questions_per_kind must be an integer from 1 on, not {count!r}.")
@@ -177,7 +177,8 @@ def _check_recolor(recolor) -> None:
             raise ValueError(
                 f"recolor must give one of {', '.join(COLORS)} a new word of small letters, not {color!r} {word!r}."
             )
-        if isinstance(rgb, str) or len(rgb) != 3 or not all(0 <= value <= 255 for value in rgb):
+        is_color = isinstance(rgb, Sequence) and len(rgb) == 3 and all(isinstance(value, Real) for value in rgb)
+        if not is_color or not all(0 <= value <= 255 for value in rgb):
             raise ValueError(f"recolor must give {color!r} three values from 0 to 255, not {rgb!r}.")
         words.append(word)
 
@@ -225,7 +226,7 @@ class SceneDataset(Sequence):
         recolor: Mapping[str, tuple[str, tuple[int, int, int]]] | None = None,
     ):
         self.seeds = seeds
-        self.curriculum = sorted(curriculum, key=lambda stage: stage[0])
+        self.curriculum = sorted(_checked_curriculum(curriculum), key=lambda stage: stage[0])
         self.kinds = kinds
         self.questions_per_kind = questions_per_kind
         self.recolor = recolor
@@ -267,6 +268,18 @@ def scene_questions(
     return rows
 
 
+def _checked_curriculum(curriculum) -> list[tuple]:
+    shape = "[[share, max_objects], ...] or [[share, max_objects, {kind: number}], ...], shares from 0 to 1"
+    if isinstance(curriculum, str) or not isinstance(curriculum, Iterable):
+        raise ValueError(f"curriculum must be like {shape}, not {curriculum!r}.")
+    stages = list(curriculum)
+    for stage in stages:
+        is_stage = isinstance(stage, (list, tuple)) and len(stage) in (2, 3) and isinstance(stage[0], Real)
+        if not is_stage or not 0 <= stage[0] <= 1 or not isinstance((*stage, {})[2], Mapping):
+            raise ValueError(f"curriculum must be like {shape}, and has {stage!r}.")
+    return stages
+
+
 def _conversation(name: str, picture: Image.Image, turns: list[tuple[str, str]]) -> dict:
     messages = []
     for question, answer in turns:
@@ -278,12 +291,18 @@ def _conversation(name: str, picture: Image.Image, turns: list[tuple[str, str]])
 
 def train_seeds(n: int) -> range:
     """The first `n` training seeds: the even numbers."""
-    return range(0, 2 * n, 2)
+    return range(0, 2 * _checked_number(n), 2)
 
 
 def test_seeds(n: int) -> range:
     """The first `n` test seeds: the odd numbers, so that no number of training seeds ever reaches one."""
-    return range(1, 2 * n, 2)
+    return range(1, 2 * _checked_number(n), 2)
+
+
+def _checked_number(n: int) -> int:
+    if not _is_integer(n) or n < 0:
+        raise ValueError(f"The number of seeds must be an integer of at least 0, not {n!r}.")
+    return n
 
 
 test_seeds.__test__ = False  # pytest would collect it wherever it is imported
