@@ -673,7 +673,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         The parts' weights are kept bit for bit, but for pooling layers and heads, which have no place; fusion,
         projector and cross-attention blocks are new. What the blocks add starts at zero: until they are trained, the
         logits are those of the language model alone, with or without pictures.
-        [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it.
+        [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it. The model has no name before it
+        is saved and loaded, and TRL's DPO and GRPO look for their reference model by that.
 
         Args:
             vision (`str`, `os.PathLike` or `PreTrainedModel`):
