@@ -234,6 +234,11 @@ CONTENTS = {
         "images": ["x.png"],
     },
     "columns of other rows": {"id": None, "messages": [user(IMAGE, "a")], "conversations": None, "images": ["x.png"]},
+    "fields of other parts": {
+        "messages": [user({**IMAGE, "text": None, "image": None}, {**text("a"), "image_url": {"url": None}})],
+        "images": ["x.png"],
+    },
+    "fields of other turns": {"messages": [{**user(IMAGE, "a"), "images": [], "image": None}], "images": ["x.png"]},
 }
 
 

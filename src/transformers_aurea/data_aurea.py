@@ -139,7 +139,7 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
         turn = turn if isinstance(turn, Mapping) else {}
         role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
         content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
-        outside = [{"type": f"pictures under '{key}'"} for key in ("images", "image") if _listed(turn.get(key))]
+        outside = [{"type": f"pictures under '{key}'"} for key in ("images", "image") if _is_given(turn.get(key))]
         messages.append({"role": LLAVA_ROLES.get(str(role), str(role)), "content": _to_parts(content) + outside})
 
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
@@ -164,6 +164,13 @@ def _listed(value) -> list:
     return list(value) if is_list else [value]
 
 
+def _is_given(value) -> bool:
+    """Whether it is more than what the columns of other rows leave behind: None, or nothing but None in a struct."""
+    if isinstance(value, (str, list, tuple)):
+        return any(value)
+    return any(map(_is_given, value.values())) if isinstance(value, Mapping) else value is not None
+
+
 def _to_parts(content) -> list[dict[str, Any]]:
     """A content as parts `{"type": "text", "text"}` and `{"type": "image"}`, with its `image` where it has one. What
     is neither keeps its place under a type that says what it is."""
@@ -185,7 +192,7 @@ def _to_part(part) -> dict[str, Any]:
         return {"type": type(part).__name__}
     kind = "image" if part.get("type") == "image_url" else str(part.get("type"))
     words = "" if part.get("text") is None else part["text"]
-    picture = next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
+    picture = next((part[key] for key in PICTURE_KEYS if _is_given(part.get(key))), None)
     if kind == "text":
         if picture is not None:
             return {"type": "text with a picture"}
