@@ -166,9 +166,9 @@ def _listed(value) -> list:
 
 def _is_given(value) -> bool:
     """Whether it is more than what the columns of other rows leave behind: None, or nothing but None in a struct."""
-    if isinstance(value, (str, list, tuple)):
-        return any(value)
-    return any(map(_is_given, value.values())) if isinstance(value, Mapping) else value is not None
+    if isinstance(value, (Mapping, list, tuple)):
+        return any(map(_is_given, value.values() if isinstance(value, Mapping) else value))
+    return value is not None and not (isinstance(value, str) and not value)
 
 
 def _to_parts(content) -> list[dict[str, Any]]:
