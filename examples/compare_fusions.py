@@ -111,15 +111,18 @@ def main():
             if not any(job.items() <= found.items() for found in runs):
                 folder = args.output_dir / "-".join(str(value) for value in job.values())
                 started[pool.submit(run, folder, job["fusion_type"], job["seed"], args)] = job, folder
-        for ended in as_completed(started):
-            job, folder = started[ended]
-            scores = ended.result()
-            model = AureaForConditionalGeneration.from_pretrained(folder / "start")
-            report = set_trainable(model, trained_groups(job["fusion_type"]))
-            runs.append({**job, "trainable_parameters": report.trainable, "scores": scores})
-            half_written = file.with_suffix(".partial")
-            half_written.write_text(json.dumps(runs, indent=1) + "\n")
-            half_written.replace(file)
+        try:
+            for ended in as_completed(started):
+                job, folder = started[ended]
+                scores = ended.result()
+                model = AureaForConditionalGeneration.from_pretrained(folder / "start")
+                report = set_trainable(model, trained_groups(job["fusion_type"]))
+                runs.append({**job, "trainable_parameters": report.trainable, "scores": scores})
+                half_written = file.with_suffix(".partial")
+                half_written.write_text(json.dumps(runs, indent=1) + "\n")
+                half_written.replace(file)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure no more are begun
     wanted = [found for found in runs if sizes.items() <= found.items()]
     print(table(sorted(wanted, key=lambda found: (list(FUSIONS).index(found["fusion_type"]), found["seed"]))))
 

@@ -106,7 +106,7 @@ def training_pictures(args_file: Path) -> SceneDataset:
     """What `train.py --args_file` trains on, without questions."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--scenes", type=int, required=True)
-    parser.add_argument("--curriculum", type=json.loads, default=[])
+    parser.add_argument("--curriculum", type=as_json, default=[])
     args, _ = parser.parse_known_args(args_file.read_text().split())
     return SceneDataset(train_seeds(args.scenes), kinds=(), curriculum=[stage[:2] for stage in args.curriculum])
 

@@ -403,6 +403,14 @@ def test_answers_are_found_where_the_template_rewrites_what_precedes_them(templa
     assert processor.decode(labels[labels != -100]).replace(" ", "") == f"b<|endoftext|>{thought}d<|endoftext|>"
 
 
+@pytest.mark.parametrize("template", [CHATML, THINKS_LAST, THINKS_FIRST], ids=["ChatML", "last", "prompt"])
+def test_an_answer_that_begins_a_conversation_is_trained_on_without_its_header(template):
+    processor = make_processor(template)
+    row = {"messages": [assistant("a"), user("b"), assistant("c")]}
+    labels = AureaDataCollator(processor)([row])["labels"][0]
+    assert processor.decode(labels[labels != -100]).replace(" ", "").startswith("a<|endoftext|>")
+
+
 def test_without_an_end_token_the_next_turn_is_not_trained_on():
     processor = make_processor(THINKS_LAST.replace("<|endoftext|>\n", "\n"))
     row = {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}

@@ -494,8 +494,8 @@ class AureaDataCollator:
                     f"cannot be found: mark answers with {{% generation %}} in the template"
                 )
             end = start + len(answer)
-            prompt = render(messages[:number], add_generation_prompt=True) if number else ""
-            if position <= len(prompt) < start and text.startswith(prompt):
+            prompt = render(messages[:number], add_generation_prompt=True) if number else None
+            if prompt is not None and position <= len(prompt) < start and text.startswith(prompt):
                 start = len(prompt)  # what the template itself adds to it, as an empty thought, is part of the answer
             position = end
             spans.append((start, end + (len(closing) if rest.startswith(closing) else 0)))

@@ -299,13 +299,13 @@ def test_seeds(n: int) -> range:
     return range(1, 2 * _checked_number(n), 2)
 
 
+test_seeds.__test__ = False  # pytest would collect it wherever it is imported
+
+
 def _checked_number(n: int) -> int:
     if not _is_integer(n) or n < 0:
         raise ValueError(f"The number of seeds must be an integer of at least 0, not {n!r}.")
     return n
-
-
-test_seeds.__test__ = False  # pytest would collect it wherever it is imported
 
 
 def scene_digest(image: Image.Image) -> str:
