@@ -6,9 +6,6 @@ The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_confi
 Any decoder LM and any vision encoder that transformers knows may take a part's place.
 """
 
-import inspect
-import re
-from functools import lru_cache
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -176,12 +173,12 @@ class AureaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if the parts do not fit: heads that do not divide, two different grids for a fusion that needs one,
-            a grid not larger than the radius, positions of blocks outside the decoder, a language model that does not
-            hand keyword arguments on to its layers; or an auxiliary loss has a negative weight or no such kernel.
+            a grid not larger than the radius, positions of blocks outside the decoder; or an auxiliary loss has a
+            negative weight or no such kernel. Whether the language model can read pictures is seen when it is built.
     """
 
     model_type = "aurea"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states", "auxiliary_losses"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "auxiliary_losses"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", init_kwargs=_SIGLIP2_SO400M),
         "spatial_vision_config": SubConfigSpec(
@@ -216,8 +213,6 @@ class AureaConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         super().__post_init__(**kwargs)
         text_config = self.text_config
-        _validate_decoder(type(text_config))
-        _validate_causal(text_config)
         if self.vision_config.model_type == "siglip_vision_model":
             self.vision_config.vision_use_head = False
         if self.spatial_vision_config.model_type == "siglip_vision_model":
@@ -425,51 +420,6 @@ def _feature_size(config: PreTrainedConfig) -> int:
             "its features are. Choose another (SigLIP, CLIP, DINOv2, DINOv3, ViT, Swin, ConvNeXt, ResNet, … do)."
         )
     return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
-
-
-def _validate_causal(text_config: PreTrainedConfig):
-    """Refuse language models that read both ways: encoder-decoders, and masked ones unless set up to decode."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING
-
-    is_masked = type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False)
-    if text_config.is_encoder_decoder or is_masked:
-        raise ValueError(
-            f"`text_config` is of type '{text_config.model_type}', which is not a decoder language model."
-        )
-
-
-@lru_cache
-def _validate_decoder(config_class: type[PreTrainedConfig]):
-    """Refuse language models that would drop the visual states on the way to their layers.
-
-    A decoder hands keyword arguments on if `**kwargs` stands in its `forward` more often than in the signature. The
-    class is looked up, not built, so this also works where modules live on the meta device.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-    from transformers.modeling_outputs import BaseModelOutput
-
-    name = config_class.model_type
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING or config_class not in MODEL_MAPPING:
-        raise ValueError(f"`text_config` is of type '{name}', which is not a decoder language model of transformers.")
-    decoder_class = MODEL_MAPPING[config_class]
-    forward = inspect.unwrap(decoder_class.forward)
-    source = inspect.getsource(forward)
-    if source.count("**kwargs") < 2:
-        raise ValueError(
-            f"`text_config` is of type '{name}', whose {decoder_class.__name__} does not hand keyword arguments on to "
-            "its layers: the visual states could not reach the cross-attention blocks. Choose another language model "
-            "(Phi-3, Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … do)."
-        )
-    if own_cache := re.search(r"not isinstance\(past_key_values, (?!EncoderDecoderCache|Cache)(\w+)\)", source):
-        raise ValueError(
-            f"`text_config` is of type '{name}', whose {decoder_class.__name__} takes no cache but a {own_cache[1]}, "
-            "which does not keep the pictures' keys. Choose another language model."
-        )
-    if source.count("past_key_values") < 2 or inspect.signature(forward).return_annotation is BaseModelOutput:
-        raise ValueError(
-            f"`text_config` is of type '{name}', whose {decoder_class.__name__} takes and gives back no "
-            "`past_key_values`: there is no cache to keep the pictures' keys in. Choose another language model."
-        )
 
 
 __all__ = ["AureaConfig", "AureaFusionConfig"]

@@ -2,7 +2,7 @@
 """Cross-attention blocks, woven into the layers of any decoder, and the cache that keeps what they see.
 
     decoder layer i  ─►  its class with WovenDecoderLayerMixin in front: block, then the layer, then a closing block
-    past_key_values  ─►  its class with VisualStatesCacheMixin in front: also keys and values of the blocks
+    cache            ─►  its class with VisualStatesCacheMixin in front: also keys and values of the blocks
 
 Both keep the name of their class, so parameter names, recorders, plans and patterns of the decoder stay what they are.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
@@ -53,7 +53,8 @@ class AureaCrossAttention(nn.Module):
         if cross_attention_states is not None:
             key_states = self.k_norm(self._split_heads(self.k_proj(cross_attention_states)))
             value_states = self._split_heads(self.v_proj(cross_attention_states))
-            if visual_cache is not None:
+            # Once: a few decoders run a layer twice.
+            if visual_cache is not None and len(visual_cache.layers) <= self.block_idx:
                 visual_cache.update(key_states, value_states, self.block_idx)
         else:
             cached = visual_cache.layers[self.block_idx]
@@ -125,7 +126,8 @@ class WovenDecoderLayerMixin:
     closing_cross_attention_block: AureaCrossAttentionBlock | None
 
     def __call__(self, hidden_states, *args, cross_attention_states=None, **kwargs):
-        if self.training and getattr(self, "gradient_checkpointing", False) and cross_attention_states is not None:
+        is_replayed = self.training and torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False)
+        if is_replayed and cross_attention_states is not None:
             kwargs["visual_cache"] = None  # a replayed forward must not write a second time
         return super().__call__(hidden_states, *args, cross_attention_states, **kwargs)
 
@@ -250,12 +252,33 @@ def weave_cache(cache: Cache):
         cache.forget_visual_states()
 
 
+def move_visual_states(visual: DynamicCache, num_images: torch.Tensor | None, image_counts, cache: Cache):
+    """Give a cache, which has no visual states yet, those that another held or that were made without one."""
+    weave_cache(cache)
+    cache.visual, cache.num_images = visual, num_images
+    cache.image_counts = image_counts[:, -1:].clone() if image_counts is not None and cache.is_compileable else image_counts
+
+
 def holds_visual_states(cache: Cache | None) -> bool:
     return isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
 
 
+class UnfitLanguageModelError(ValueError):
+    """A language model that cannot read pictures through cross-attention, and why."""
+
+    def __init__(self, text_config: PreTrainedConfig, reason: str):
+        super().__init__(
+            f"`text_config` is of type '{text_config.model_type}', {reason}. Choose another language model (Phi-3, "
+            "Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … fit)."
+        )
+
+
 def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules."""
+    """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules.
+
+    Raises:
+        UnfitLanguageModelError: there is none.
+    """
     num_layers = language_model.config.num_hidden_layers
     lists = [
         (name, module)
@@ -263,8 +286,9 @@ def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
     if not lists:
-        raise ValueError(
-            f"{type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into which "
-            "cross-attention blocks could be woven."
+        raise UnfitLanguageModelError(
+            language_model.config,
+            f"whose {type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into "
+            "which cross-attention blocks could be woven",
         )
     return min(lists, key=lambda named: named[0].count("."))

@@ -7,17 +7,18 @@
                                                                                       │
     input_ids (batch, T)                                          multi_modal_projector  (images, N, C)
       └─ language_model, cross-attention blocks between its layers ───────────────────┘
-           └─ lm_head  (batch, T, vocabulary)
+           └─ causal_lm, the language model's own head  (batch, T, vocabulary)
 
 What is special: the language model is any decoder of transformers. Its layers get a subclass of their own class that
 runs a cross-attention block first (see `cross_attention_aurea`). The blocks' keys and values live once, un-repeated,
-inside `past_key_values`, whatever cache that is. Without a picture the blocks are not run at all: text alone gives the
-decoder's own logits, bit for bit.
+inside the cache, whatever cache that is. Without a picture the blocks are not run at all: text alone gives the language
+model's own logits, bit for bit, for what it does besides its decoder is done by its own code (see
+`language_model_aurea`).
 """
 
 import copy
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 
@@ -27,7 +28,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     MODEL_MAPPING,
     AutoModel,
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationMixin,
@@ -37,7 +37,12 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
@@ -48,11 +53,20 @@ from .cross_attention_aurea import (
     WovenDecoderLayerMixin,
     decoder_layers,
     holds_visual_states,
+    move_visual_states,
     weave_cache,
     woven_class,
 )
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
 from .hub_kernels_aurea import HubKernelsMixin
+from .language_model_aurea import (
+    CACHE_NAME,
+    carries_cross_attention,
+    hand_over_head,
+    make_causal_lm,
+    one_cache,
+    watched_layers,
+)
 from .losses_aurea import feature_consistency_loss, feature_diversity_loss, share_of_batch
 from .parts_aurea import Part, model_from_parts, pooling_settings
 
@@ -92,12 +106,14 @@ class AureaImageFeaturesOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class AureaModelOutputWithPast(ModelOutput):
+class AureaModelOutputWithPast(BaseModelOutputWithPast):
     r"""
+    The cache is called as in the installed transformers: `past_key_values`, or `cache` from 5.24 on.
+
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Hidden states at the output of the decoder.
-        past_key_values (`Cache`, *optional*):
+        past_key_values or cache (`Cache`, *optional*):
             The decoder's keys and values and, once a picture was seen, those of the cross-attention blocks.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, *optional*):
             The decoder's, one per layer; a layer's hidden state is the one after its cross-attention block and itself.
@@ -107,39 +123,37 @@ class AureaModelOutputWithPast(ModelOutput):
             The projected features of the pictures given in this call.
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*):
             See [`AureaImageFeaturesOutput`].
+        decoder_output (`ModelOutput`):
+            The decoder's own output, with all that it has in it; the language model's head reads it.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
+    decoder_output: ModelOutput | None = None
 
 
 @dataclass
-class AureaCausalLMOutputWithPast(ModelOutput):
+class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
     r"""
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned when `labels` is given):
-            Next-token prediction loss and, in training, the weighted auxiliary losses.
+            The language model's own loss of the next token and, in training, the weighted auxiliary losses.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the language modelling head before the softmax.
-        past_key_values, hidden_states, attentions, cross_attentions, image_hidden_states:
+        past_key_values or cache, hidden_states, attentions, cross_attentions, image_hidden_states:
             See [`AureaModelOutputWithPast`].
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
             Means over the pictures of this call, not weighted and without gradient, to be logged.
+        aux_loss, router_logits (*optional*):
+            As the language model gives them, if its layers route tokens to experts.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 class AureaMultiModalProjector(nn.Module):
@@ -235,7 +249,7 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpatialRangeAttention"]
-    _skip_keys_device_placement = ["past_key_values", "visual_cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "visual_cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -303,9 +317,18 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
 
 
 class AureaModel(AureaPreTrainedModel):
-    """Encoders, fusion, projector and the decoder with its cross-attention blocks; no language modelling head."""
+    """Encoders, fusion, projector and the decoder with its cross-attention blocks; no language modelling head.
 
-    def __init__(self, config: AureaConfig):
+    Args:
+        config ([`AureaConfig`]): sizes and parts.
+        language_model (`PreTrainedModel`, *optional*):
+            The decoder, which is woven in place; by default a new one of `config.text_config`.
+
+    Raises:
+        ValueError: the language model cannot carry visual states to its layers.
+    """
+
+    def __init__(self, config: AureaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         fusion = config.fusion_config
         semantic_size, spatial_size = config.feature_sizes
@@ -315,10 +338,14 @@ class AureaModel(AureaPreTrainedModel):
             semantic_size, spatial_size, fusion.depth, fusion.radius, fusion.layer_norm_eps
         )
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = make_causal_lm(config).base_model if language_model is None else language_model
         self._weave_cross_attention()
+        self._carries_pictures = carries_cross_attention(self.language_model)
         self.post_init()
         self._tp_plan.update(self._cross_attention_tp_plan())
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model
 
     def train(self, mode: bool = True) -> "AureaModel":
         """As usual, but that an encoder's batch norms keep the statistics they were pretrained with.
@@ -482,6 +509,7 @@ class AureaModel(AureaPreTrainedModel):
         cross_attention_states: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaModelOutputWithPast:
         r"""
@@ -495,7 +523,10 @@ class AureaModel(AureaPreTrainedModel):
             num_images (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
                 With `cross_attention_states`: how many pictures of each row stand at their front. Each token then sees
                 the pictures whose placeholder is at or before it. Without it every token sees every visual token.
+            past_key_values or cache (`Cache`, *optional*):
+                One argument under its two names. The pictures' keys are kept in it as well.
         """
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         if pixel_values is not None and cross_attention_states is not None:
@@ -504,46 +535,55 @@ class AureaModel(AureaPreTrainedModel):
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, T)
         image_features = auxiliary_losses = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            seen = past_key_values.images_seen if isinstance(past_key_values, VisualStatesCacheMixin) else None
+            seen = cache.images_seen if isinstance(cache, VisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
-            if past_key_values is not None and _has_text_that_should_have_seen(past_key_values, counts):
+            if cache is not None and _has_text_that_should_have_seen(cache, counts):
                 logger.warning_once(
-                    "`past_key_values` holds text that was read before its row's first picture. Without a cache it "
+                    f"`{CACHE_NAME}` holds text that was read before its row's first picture. Without a cache it "
                     "would see that picture. Give the whole text again and an empty cache to have it so."
                 )
             image_outputs = self.get_image_features(pixel_values)
             image_features, auxiliary_losses = image_outputs.pooler_output, image_outputs.auxiliary_losses
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
-        elif cross_attention_states is None and past_key_values is None and self._needs_image_branch():
+        elif cross_attention_states is None and cache is None and self._needs_image_branch():
             cross_attention_states, num_images, auxiliary_losses = self._unseen_picture(image_tokens)
 
         if use_cache is None:  # Trainer turns it off in the configuration of the whole
             use_cache = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", False))
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
-        visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, past_key_values)
+        visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, cache)
+        if visual_inputs and use_cache and cache is None:
+            visual_inputs["visual_cache"] = DynamicCache()  # until the decoder has made a cache
         cross_attentions = None
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
 
-        outputs = self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **visual_inputs,
-            **kwargs,
-        )
+        is_watched = visual_inputs and not (self._carries_pictures or torch.compiler.is_compiling())
+        with watched_layers(self.language_model) if is_watched else nullcontext():
+            outputs = self.language_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **{CACHE_NAME: cache},
+                **visual_inputs,
+                **kwargs,
+            )
+        self._carries_pictures = self._carries_pictures or bool(is_watched)
+        kept = outputs.get(CACHE_NAME)
+        if visual_inputs and kept is not None and kept is not cache:
+            counts = image_tokens.long().cumsum(dim=1) if cache is None else cache.image_counts
+            num_images = num_images if cache is None else cache.num_images
+            move_visual_states(visual_inputs["visual_cache"], num_images, counts, kept)
         return AureaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,  # (batch, T, C)
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: kept},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
             image_hidden_states=image_features,
             auxiliary_losses=auxiliary_losses,
+            decoder_output=outputs,
         )
 
     def _unseen_picture(self, image_tokens: torch.Tensor):
@@ -641,20 +681,37 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
     """[`AureaModel`] with a language modelling head: from pictures and text to text."""
 
     output_modalities = ("text",)
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: AureaConfig):
         super().__init__(config)
-        self.model = AureaModel(config)
-        embeddings = self.get_input_embeddings()
-        with torch.device("meta"):  # a few language models have a bias here, or another width (Phi, OPT)
-            head = AutoModelForCausalLM.from_config(config.text_config).get_output_embeddings()
-        self.lm_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
-        name = next(name for name, module in self.named_modules() if module is embeddings)
-        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self._can_compile_fullgraph = self.model.language_model._can_compile_fullgraph
+        causal_lm = make_causal_lm(config)
+        self.model = AureaModel(config, causal_lm.base_model)
+        hand_over_head(causal_lm, self, "model.language_model")
         self.post_init()
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.model.get_decoder()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.causal_lm.set_output_embeddings(new_embeddings)
+
+    @property
+    def loss_function(self):
+        return self.causal_lm.loss_function
+
+    @loss_function.setter
+    def loss_function(self, value):
+        self.causal_lm.loss_function = value
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.causal_lm = copy.copy(self.causal_lm)
+        replica.causal_lm.owner = replica
+        return replica
 
     @classmethod
     def from_pretrained_parts(
@@ -724,6 +781,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaCausalLMOutputWithPast:
         r"""
@@ -735,22 +793,21 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
 
         The other arguments are those of [`AureaModel.forward`].
         """
+        text_inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
         outputs = self.model(
-            input_ids=input_ids,
+            **text_inputs,
+            **{CACHE_NAME: one_cache(cache, past_key_values)},
             pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             cross_attention_states=cross_attention_states,
             num_images=num_images,
-            use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self._scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]))  # (batch, T, vocabulary)
-
-        loss = None
         if labels is not None:
             # With nothing to predict the loss is zero, not the mean of nothing.
             num_targets = kwargs.get("num_items_in_batch")
@@ -758,9 +815,15 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
                 targets = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else labels[:, 1:]
                 num_targets = (targets != -100).sum()
             kwargs["num_items_in_batch"] = torch.as_tensor(num_targets).clamp(min=1)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+        lm_outputs = self.causal_lm(
+            **text_inputs,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            decoder_output=outputs.decoder_output,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = lm_outputs.loss
         auxiliary_losses = outputs.auxiliary_losses
         if loss is not None and auxiliary_losses:
             # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
@@ -770,8 +833,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             loss = loss + share.to(loss.device)
         return AureaCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
+            logits=lm_outputs.logits,  # (batch, T, vocabulary)
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -779,22 +842,9 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             auxiliary_losses={name: losses.detach().mean() for name, losses in auxiliary_losses.items()}
             if auxiliary_losses and outputs.image_hidden_states is not None
             else None,
+            aux_loss=lm_outputs.get("aux_loss"),
+            router_logits=lm_outputs.get("router_logits"),
         )
-
-    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """What some language models do to their logits: Gemma caps, Cohere multiplies, Granite divides, and so on."""
-        text_config = self.config.text_config
-        if (scale := getattr(text_config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (scale := getattr(text_config, "logits_mup_width_multiplier", None)) is not None:
-            logits = logits / scale
-        if (scale := getattr(text_config, "lm_head_multiplier", None)) is not None:
-            logits = logits * scale
-        if (scale := getattr(text_config, "logits_scaling", None)) is not None:
-            logits = logits * scale if text_config.model_type == "hyperclovax" else logits / scale
-        if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
 
     def prepare_inputs_for_generation(
         self,
@@ -804,19 +854,40 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         pixel_values: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        cache = one_cache(cache, past_key_values)
+        model_inputs = self.causal_lm.prepare_inputs_for_generation(
+            input_ids, **{CACHE_NAME: cache}, inputs_embeds=inputs_embeds, **kwargs
         )
+        if holds_visual_states(cache) and model_inputs.get(CACHE_NAME) is None:
+            # The language model reads its text anew (Phi-3, where its rotary frequencies change). What the blocks know
+            # of the pictures does not hang on the text.
+            model_inputs[CACHE_NAME] = DynamicCache(config=self.config.text_config)
+            move_visual_states(cache.visual, cache.num_images, None, model_inputs[CACHE_NAME])
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
-        is_cached = holds_visual_states(past_key_values)
+        is_cached = holds_visual_states(model_inputs.get(CACHE_NAME))
         if cross_attention_states is not None and not is_cached:
             model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
         elif cross_attention_states is None and pixel_values is not None and not is_cached:
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
+
+    def create_masks_for_generate(self, *args, **kwargs):
+        return self.causal_lm.create_masks_for_generate(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        return self.causal_lm._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.causal_lm._supports_default_dynamic_cache()
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:  # the pictures are encoded already
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "pixel_values"}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
@@ -834,7 +905,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
     def _encode_images_for_generation(self, input_ids: torch.LongTensor | None, model_kwargs: dict) -> dict:
         """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
         pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         has_cached_states = holds_visual_states(cache)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,

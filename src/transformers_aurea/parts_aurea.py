@@ -33,6 +33,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
+from .language_model_aurea import name_in_owner
 
 
 logger = logging.get_logger(__name__)
@@ -180,19 +181,11 @@ def model_from_parts(
     with torch.device("meta"):
         skeleton = model_class(config)
     language_model = load_language_model(text)
-    decoder = _model_inside(language_model, language_model.config) or language_model.base_model
     parts = {
         "model.vision_model.": load_encoder(vision),
         "model.spatial_vision_model.": load_encoder(spatial_vision),
-        "model.language_model.": decoder.state_dict(),
+        "": _language_model_weights(language_model),
     }
-    if (head := language_model.get_output_embeddings()) is not None:
-        parts["lm_head."] = head.state_dict()
-    elif not config.tie_word_embeddings:
-        raise ValueError(
-            f"`text` ({type(language_model).__name__}) has no language modelling head. Give the model with it "
-            "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
-        )
     state_dict = _state_dict(skeleton, parts)
     dtype = language_model.dtype if dtype in (None, "auto") else dtype
     verbosity = logging.get_verbosity()
@@ -202,9 +195,10 @@ def model_from_parts(
     finally:
         logging.set_verbosity(verbosity)
     model.name_or_path = model.config.name_or_path = ""  # it is saved nowhere; the loader says 'None'
-    _copy_buffers(decoder, model.model.language_model)
-    _make_room_for_image_token(model)
+    _copy_buffers(language_model.base_model, model.model.language_model)
+    _check_language_model(model, language_model)
     _check_encoders(model)
+    _make_room_for_image_token(model)
     if language_model.can_generate():
         model.generation_config = language_model.generation_config
     return model
@@ -214,14 +208,14 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     """The parts' weights, given by prefix, as they are called in `skeleton`, an Aurea without weights, and what starts
     otherwise than new.
 
-    Heads for which there is no place are left out.
+    Weights for which there is no place, such as heads of encoders, are left out.
 
     Raises:
         ValueError: the parts lack weights that their places need.
     """
     places = skeleton.state_dict()
-    if skeleton.config.tie_word_embeddings:
-        del places["lm_head.weight"]
+    for name in skeleton.all_tied_weights_keys:
+        del places[name]
     blocks = {name: places.pop(name) for name in list(places) if "cross_attention_block." in name}
     state_dict = {
         prefix + name: tensor
@@ -229,14 +223,53 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
         for name, tensor in weights.items()
         if prefix + name in places
     }
-    missing = sorted(name for name in places.keys() - state_dict.keys() if name.startswith(tuple(parts)))
+    new = ("model.fusion.", "model.multi_modal_projector.")
+    missing = sorted(name for name in places.keys() - state_dict.keys() if not name.startswith(new))
     if missing:
-        raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
+        raise ValueError(
+            f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}… If it is the head of "
+            "`text` that is missing, give the model with it (`...ForCausalLM`), or `tie_word_embeddings=True` to use "
+            "its input embeddings."
+        )
     last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(last_of_block)}
     # The loader keeps in float32 what is given, not what it makes itself.
     widths = {name: torch.ones(1) for name in places if name.endswith("sigma_spatial")}
     return state_dict | zeros | widths
+
+
+def _language_model_weights(language_model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """By the names that they have in an Aurea; of a decoder without head, the decoder's alone."""
+    is_decoder = language_model.base_model is language_model
+    weights, prefix = language_model.state_dict(), language_model.base_model_prefix
+    return {
+        name_in_owner(f"{prefix}.{name}" if is_decoder else name, prefix, "model.language_model"): tensor
+        for name, tensor in weights.items()
+    }
+
+
+@torch.no_grad()
+def _check_language_model(model: PreTrainedModel, language_model: PreTrainedModel):
+    """Shows a few tokens to an Aurea and to the language model that it is made of.
+
+    Raises:
+        ValueError: they differ.
+    """
+    ids = [idx for idx in range(5) if idx != model.config.image_token_id][:4]
+    input_ids = torch.tensor([ids])
+    if language_model.base_model is language_model:
+        ours, theirs = (part(input_ids).last_hidden_state for part in (model.model, language_model.eval()))
+    else:
+        ours, theirs = (part(input_ids).logits for part in (model, language_model.eval()))
+    difference, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
+    # Rounding is not looked for: attention may be computed by another implementation, or in another precision.
+    is_half = torch.finfo(ours.dtype).bits < 32 or torch.finfo(theirs.dtype).bits < 32
+    if not difference <= largest * (0.05 if is_half else 1e-3):
+        raise ValueError(
+            f"`text` is of type '{language_model.config.model_type}', which is not itself inside an Aurea: for the "
+            f"tokens {ids} its outputs differ by {difference:.3g}, the largest being {largest:.3g}. Choose another "
+            "language model, and please report this one."
+        )
 
 
 def _copy_buffers(source: nn.Module, target: nn.Module):

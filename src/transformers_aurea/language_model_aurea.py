@@ -1,0 +1,216 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""Any language model of transformers, whole, inside an Aurea.
+
+    a `...ForCausalLM` ─┬─ its decoder           becomes `AureaModel.language_model`, with blocks woven into its layers
+                        ├─ its head's modules    become the Aurea's own, under the names they have (`lm_head`, …)
+                        └─ what is left of it    `causal_lm`: the class itself, which computes over these
+
+So whatever a language model does besides its decoder is done by its own code: heads of several layers, scales and caps
+of the logits, losses of routers, what it prepares for each step of a generation. Nothing of it is made again here, and
+no family is known by name. Whether a decoder can carry cross-attention is told by what it does when it is run.
+"""
+
+import copy
+from contextlib import contextmanager
+from inspect import signature
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from .configuration_aurea import AureaConfig
+from .cross_attention_aurea import UnfitLanguageModelError, decoder_layers, woven_class
+
+
+# transformers calls it `cache` from 5.24 on; both words are taken, this one is handed on.
+CACHE_NAME = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else (
+    "past_key_values"
+)
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache, given under either of its names.
+
+    Raises:
+        ValueError: two different ones were given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument. Give one of them.")
+    return past_key_values if cache is None else cache
+
+
+def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
+    """The language model of `config.text_config`, with its head.
+
+    Raises:
+        UnfitLanguageModelError: it is none of transformers' decoder language models.
+    """
+    text_config = config.text_config
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or text_config.is_encoder_decoder:
+        raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
+    if text_config.get_text_config() is not text_config:
+        raise UnfitLanguageModelError(text_config, "a language model with more around it. Give its `text_config`")
+    if getattr(text_config, "is_decoder", None) is False:  # most are nothing else and do not say so
+        raise UnfitLanguageModelError(
+            text_config, "which is not a decoder language model, but reads both ways, unless its `is_decoder` is set"
+        )
+    return AutoModelForCausalLM.from_config(text_config)
+
+
+class DecoderStandIn:
+    """In the place of a decoder that has run: called, it gives the output handed to it; otherwise it is the decoder."""
+
+    def __init__(self, decoder: nn.Module):
+        self._stands_for = decoder
+
+    def __call__(self, *args, decoder_output: ModelOutput, **kwargs) -> ModelOutput:
+        return decoder_output
+
+    def __getattr__(self, name: str):
+        value = getattr(self.__dict__.get("_stands_for"), name)
+        # A few heads reach past the decoder's wrapper (OPT's), to a model inside it.
+        return DecoderStandIn(value) if isinstance(value, PreTrainedModel) else value
+
+
+class ModulelessCausalLMMixin:
+    """A `...ForCausalLM` whose modules are its owner's, but for the decoder, for which a `DecoderStandIn` stands.
+
+    It is no submodule of its owner, hence in no state dict, plan or hook: these know the owner's modules, which may be
+    replaced there (LoRA, quantisation, resizing) and are looked up on each call.
+    """
+
+    owner: PreTrainedModel
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["owner"], name)
+
+    def __setattr__(self, name: str, value):
+        setattr(self.owner, name, value) if isinstance(value, nn.Module) else super().__setattr__(name, value)
+
+    @property
+    def device(self) -> torch.device:
+        return self.owner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.owner.dtype
+
+
+def name_in_owner(name: str, prefix: str, decoder: str) -> str:
+    """What a weight of a `...ForCausalLM`, whose decoder is called `prefix`, is called where it is called `decoder`."""
+    return f"{decoder}{name.removeprefix(prefix)}" if name.startswith(f"{prefix}.") else name
+
+
+def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: str) -> None:
+    """Makes the head's modules the owner's, under their names, and the rest `owner.causal_lm`.
+
+    Args:
+        decoder: the name that the decoder has in `owner`, for weights that head and decoder share.
+    """
+    prefix = causal_lm.base_model_prefix
+    stand_in = DecoderStandIn(causal_lm._modules.pop(prefix))
+    for own, theirs in (
+        (causal_lm._modules, owner.register_module),
+        (causal_lm._parameters, owner.register_parameter),
+        (causal_lm._buffers, owner.register_buffer),
+    ):
+        for name, value in own.items():
+            theirs(name, value)
+        own.clear()
+    tied = causal_lm._tied_weights_keys or {}
+    owner._tied_weights_keys = {
+        name_in_owner(target, prefix, decoder): name_in_owner(source, prefix, decoder)
+        for target, source in tied.items()
+    }
+    owner._is_stateful = causal_lm._is_stateful
+    owner._can_compile_fullgraph = causal_lm._can_compile_fullgraph
+    owner.vocab_size = causal_lm.config.vocab_size
+    for name in ("training", "vocab_size"):
+        causal_lm.__dict__.pop(name, None)  # the owner's, from here on
+    causal_lm.__dict__ |= {prefix: stand_in, "owner": owner}
+    causal_lm.__class__ = woven_class(ModulelessCausalLMMixin, type(causal_lm))
+    owner.__dict__["causal_lm"] = causal_lm  # by assignment it would become a submodule
+
+
+@contextmanager
+def watched_layers(decoder: PreTrainedModel):
+    """While the decoder is run with visual states, sees to it that they reach all its layers.
+
+    Raises:
+        UnfitLanguageModelError: they do not, or a layer's hidden states are not `(batch, tokens, hidden_size)`.
+    """
+    layers = decoder_layers(decoder)[1]
+    reached = set()
+
+    def look(layer: nn.Module, arguments: tuple):
+        hidden_states, *_, visual_states = arguments
+        if visual_states is None:
+            raise UnfitLanguageModelError(
+                decoder.config,
+                f"whose {type(decoder).__name__} does not hand keyword arguments on to its layers: the visual states "
+                "could not reach the cross-attention blocks",
+            )
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != decoder.config.hidden_size:
+            raise UnfitLanguageModelError(
+                decoder.config,
+                f"whose layers' hidden states have the shape {tuple(hidden_states.shape)}, not (batch, tokens, "
+                f"{decoder.config.hidden_size})",
+            )
+        reached.add(layer)
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missed := [idx for idx, layer in enumerate(layers) if layer not in reached]:
+        raise UnfitLanguageModelError(
+            decoder.config, f"whose {type(decoder).__name__} does not call its layers {missed} as modules"
+        )
+
+
+def _copy_on_meta(decoder: PreTrainedModel) -> PreTrainedModel:
+    """The same modules over tensors without data, in bfloat16, which routers of experts want there."""
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+    tensors = chain(decoder.parameters(), decoder.buffers())
+    return copy.deepcopy(decoder, {id(tensor): without_data(tensor) for tensor in tensors})
+
+
+@torch.no_grad()
+def carries_cross_attention(decoder: PreTrainedModel) -> bool:
+    """Whether the woven decoder was seen to carry visual states to its layers; False if it could not be run.
+
+    Two tokens pass through a copy of it on the meta device and, if that cannot be, through it where its weights are.
+
+    Raises:
+        UnfitLanguageModelError: it was run, and does not carry them.
+    """
+    makers = [lambda: _copy_on_meta(decoder)]
+    if decoder.device.type != "meta":
+        makers.append(lambda: decoder)
+    for make in makers:
+        try:
+            model = make()
+            settings = {"dtype": model.dtype, "device": model.device}
+            with watched_layers(model):
+                model(
+                    input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
+                    attention_mask=torch.zeros(1, 1, 2, 2, **settings),  # as it is added to the scores
+                    position_ids=torch.arange(2, device=model.device)[None],
+                    cross_attention_states=torch.zeros(1, 1, model.config.hidden_size, **settings),
+                    use_cache=False,
+                )
+            return True
+        except UnfitLanguageModelError:
+            raise
+        except Exception:  # a run that fails says nothing of the layers; the first picture will
+            continue
+    return False
