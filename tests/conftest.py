@@ -34,19 +34,19 @@ TINY_TEXT = {
 IMAGE_TOKEN_ID = 98
 
 
+_SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+TINY_VISION = {
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, **_SMALL},
+    "spatial_vision_config": {"model_type": "dinov2_with_registers", "hidden_size": 12, "mlp_ratio": 2, **_SMALL},
+    "fusion_config": {"radius": 1, "depth": 1},
+}
+
+
 def tiny_config(text_config: dict | None = None, **kwargs) -> AureaConfig:
     """Two encoders with a grid of 4×4, fused at radius 1, and a decoder of three layers."""
-    vision = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
     return AureaConfig(
         text_config={"model_type": "phi3", **TINY_TEXT, **(text_config or {})},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            **vision,
-        },
-        spatial_vision_config={"model_type": "dinov2_with_registers", "hidden_size": 12, "mlp_ratio": 2, **vision},
-        fusion_config={"radius": 1, "depth": 1},
+        **TINY_VISION,
         image_token_id=IMAGE_TOKEN_ID,
         **kwargs,
     )

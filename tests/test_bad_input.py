@@ -44,6 +44,16 @@ def parts(**arguments):
     return lambda request: AureaConfig(**arguments)
 
 
+def built(**arguments):
+    """A model of these parts, of whatever size: without weights."""
+
+    def call(request):
+        with torch.device("meta"):
+            return AureaForConditionalGeneration(AureaConfig(**arguments))
+
+    return call
+
+
 def forward(**change):
     def call(request):
         model = tiny_model()
@@ -113,11 +123,14 @@ BAD_INPUT = {
         "got 'video'",
     ),
     # configurations
-    "Falcon": (parts(text_config={"model_type": "falcon"}), "'falcon'.*does not hand keyword arguments on"),
-    "Bloom": (parts(text_config={"model_type": "bloom"}), "'bloom'.*does not hand keyword arguments on"),
-    "Mamba": (parts(text_config={"model_type": "mamba"}), "'mamba'.*does not hand keyword arguments on"),
+    "Falcon": (built(text_config={"model_type": "falcon"}), "'falcon'.*does not hand keyword arguments on"),
+    "Bloom": (built(text_config={"model_type": "bloom"}), "'bloom'.*does not hand keyword arguments on"),
+    "Mamba": (
+        built(text_config={"model_type": "mamba"}, cross_attention_num_heads=12),
+        "'mamba'.*does not hand keyword arguments on",
+    ),
     "encoder-decoder": (parts(text_config={"model_type": "t5"}), "'t5'.*not a decoder"),
-    "masked language model": (parts(text_config={"model_type": "bert"}), "'bert'.*not a decoder"),
+    "masked language model": (built(text_config={"model_type": "bert"}), "'bert'.*not a decoder"),
     "encoder and decoder": (parts(text_config={"model_type": "bart"}), "'bart'.*not a decoder"),
     "unknown language model": (parts(text_config={"model_type": "no_such_model"}), "no_such_model"),
     "configuration is a number": (parts(text_config=3), "text_config"),
@@ -159,7 +172,7 @@ BAD_INPUT = {
     "width of zero": (config(projector_hidden_size=0), "`projector_hidden_size` must be at least 1, got 0"),
     "picture of size zero": (config(vision_image_size=0), r"\(0, 0\)"),
     "picture of three sides": (config(vision_image_size=[28, 28, 99]), r"\[28, 28, 99\]"),
-    "model without a cache": (parts(text_config={"model_type": "recurrent_gemma"}), "no `past_key_values`"),
+    "language model with more around it": (parts(text_config={"model_type": "gemma3"}), "Give its `text_config`"),
     "block outside the decoder": (config(cross_attention_layers=[0, 7]), r"from 0 to 3.*\[0, 7\]"),
     "block twice in a place": (config(cross_attention_layers=[1, 1]), r"distinct.*\[1, 1\]"),
     "no block at all": (config(cross_attention_layers=[]), r"got \[\]"),

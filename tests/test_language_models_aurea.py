@@ -1,14 +1,20 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Any decoder as language model and any encoder in either place, in tiny sizes."""
 
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Phi3Model, PreTrainedModel
 
+import transformers_aurea
 from transformers_aurea import AureaForConditionalGeneration
+from transformers_aurea.configuration_aurea import UnfitLanguageModelError
+from transformers_aurea.language_model_aurea import carries_cross_attention
 
 
 # What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys, not the picture's.
@@ -184,21 +190,54 @@ class TestLanguageModels:
             logits.append(torch.cat(steps, dim=1))
         assert (logits[0] - logits[1]).abs().amax(-1).min() > 1e-4
 
-    @pytest.mark.parametrize(
-        ("family", "message"), [("falcon", "falcon.*FalconModel"), ("bloom", "bloom.*BloomModel"), ("mamba", "mamba")]
-    )
-    def test_decoders_that_would_drop_the_picture_are_refused(self, family, message):
-        with pytest.raises(Exception, match=message) as error:
-            tiny_config({"model_type": family})
-        assert "cross-attention" in str(error.value) or "not a decoder language model" in str(error.value)
+    @pytest.mark.parametrize("family", ["falcon", "mamba", "rwkv"])
+    def test_decoders_that_would_drop_the_picture_are_refused(self, family):
+        with pytest.raises(
+            UnfitLanguageModelError, match=f"'{family}'.*does not hand keyword arguments on to its layers"
+        ):
+            AureaForConditionalGeneration(tiny_config({"model_type": family}, cross_attention_num_heads=4))
 
-    def test_a_decoder_with_a_cache_of_its_own_is_refused(self):
-        with pytest.raises(Exception, match="'minimax', whose MiniMaxModel takes no cache but a MiniMaxCache"):
-            tiny_config({"model_type": "minimax"})
+    def test_a_decoder_is_refused_whose_layers_it_does_not_call(self):
+        model = tiny_model()
+        decoder = model.model.language_model
+        layer = decoder.layers[1]
+        layer.__class__ = type("Bypassed", (type(layer),), {"__call__": lambda self, *args, **kwargs: args[0]})
+        with pytest.raises(
+            UnfitLanguageModelError, match=r"'phi3'.*Phi3Model does not call its layers \[1\] as modules"
+        ):
+            carries_cross_attention(decoder)
+
+    def test_what_the_probe_cannot_run_is_looked_at_with_the_first_picture(self, monkeypatch):
+        forward = Phi3Model.forward
+
+        def without_probe(self, input_ids=None, **kwargs):
+            if input_ids.shape == (1, 2):
+                raise RuntimeError("no kernel for two tokens")
+            return forward(self, input_ids, **{name: it for name, it in kwargs.items() if "visual" not in name})
+
+        monkeypatch.setattr(Phi3Model, "forward", without_probe)
+        model = tiny_model()  # a probe that fails is no refusal
+        inputs = ragged_batch(model.config)
+        model(**inputs)
+        dropping = {"cross_attention_states": None}
+        monkeypatch.setattr(Phi3Model, "forward", lambda self, **kwargs: without_probe(self, **{**kwargs, **dropping}))
+        model(**inputs)  # it was seen to work
+        with pytest.raises(UnfitLanguageModelError, match="does not hand keyword arguments on"):
+            tiny_model()(**inputs)
+
+    def test_a_configuration_imports_no_modelling_code(self):
+        code = (
+            "import sys; from transformers_aurea.configuration_aurea import AureaConfig; AureaConfig(); "
+            "print([name for name in sys.modules if 'modeling_phi3' in name or 'modeling_siglip' in name])"
+        )
+        configuration = Path(transformers_aurea.__file__).with_name("configuration_aurea.py")
+        code = code.replace("transformers_aurea.configuration_aurea", "configuration_aurea")
+        command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(configuration.parent)!r}); {code}"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
 
     def test_encoders_are_refused_as_language_model(self):
-        with pytest.raises(Exception, match="'siglip_vision_model', which is not a decoder language model"):
-            tiny_config({"model_type": "siglip_vision_model"})
+        with pytest.raises(ValueError, match="'siglip_vision_model', which is not a decoder language model"):
+            AureaForConditionalGeneration(tiny_config({"model_type": "siglip_vision_model"}))
 
 
 # Tiny encoders that all give 4×4 patches, with the pixels of their view.
@@ -235,7 +274,7 @@ def model_with_encoders(semantic: str, spatial: str) -> AureaForConditionalGener
         "spatial_vision_image_size": spatial_size,
         "projector_hidden_size": None,
     }
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     return AureaForConditionalGeneration(type(tiny_config())(**config)).eval()
 
 

@@ -80,6 +80,17 @@ _AUTO_MAP = {
 }
 
 
+class UnfitLanguageModelError(ValueError):
+    """A language model that cannot read pictures through cross-attention, and why."""
+
+    def __init__(self, text_config: PreTrainedConfig, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"`text_config` is of type '{text_config.model_type}', {reason}. Choose another language model (Phi-3, "
+            "Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … fit)."
+        )
+
+
 @strict
 class AureaFusionConfig(PreTrainedConfig):
     r"""
@@ -213,6 +224,13 @@ class AureaConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         super().__post_init__(**kwargs)
         text_config = self.text_config
+        if text_config.get_text_config() is not text_config:
+            raise UnfitLanguageModelError(text_config, "a language model with more around it. Give its `text_config`")
+        if text_config.is_encoder_decoder:
+            raise UnfitLanguageModelError(text_config, "which is not a decoder language model")
+        for name in ("hidden_size", "num_hidden_layers"):
+            if not isinstance(_optional(text_config, name), int):
+                raise UnfitLanguageModelError(text_config, f"whose configuration has no `{name}`")
         if self.vision_config.model_type == "siglip_vision_model":
             self.vision_config.vision_use_head = False
         if self.spatial_vision_config.model_type == "siglip_vision_model":
@@ -220,7 +238,12 @@ class AureaConfig(PreTrainedConfig):
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         if self.cross_attention_num_heads is None:
-            self.cross_attention_num_heads = text_config.num_attention_heads
+            self.cross_attention_num_heads = _optional(text_config, "num_attention_heads")
+        if not isinstance(self.cross_attention_num_heads, int):
+            raise ValueError(
+                f"`text_config` is of type '{text_config.model_type}' and says nothing of attention heads that are the "
+                "same in all layers: give `cross_attention_num_heads`."
+            )
         heads = self.cross_attention_num_heads
         if self.cross_attention_num_key_value_heads is None:
             self.cross_attention_num_key_value_heads = _optional(text_config, "num_key_value_heads") or heads

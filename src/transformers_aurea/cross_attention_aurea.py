@@ -12,12 +12,12 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .configuration_aurea import AureaConfig
+from .configuration_aurea import AureaConfig, UnfitLanguageModelError
 
 
 class AureaCrossAttention(nn.Module):
@@ -256,21 +256,13 @@ def move_visual_states(visual: DynamicCache, num_images: torch.Tensor | None, im
     """Give a cache, which has no visual states yet, those that another held or that were made without one."""
     weave_cache(cache)
     cache.visual, cache.num_images = visual, num_images
-    cache.image_counts = image_counts[:, -1:].clone() if image_counts is not None and cache.is_compileable else image_counts
+    cache.image_counts = (
+        image_counts[:, -1:].clone() if image_counts is not None and cache.is_compileable else image_counts
+    )
 
 
 def holds_visual_states(cache: Cache | None) -> bool:
     return isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
-
-
-class UnfitLanguageModelError(ValueError):
-    """A language model that cannot read pictures through cross-attention, and why."""
-
-    def __init__(self, text_config: PreTrainedConfig, reason: str):
-        super().__init__(
-            f"`text_config` is of type '{text_config.model_type}', {reason}. Choose another language model (Phi-3, "
-            "Llama, Qwen2, Qwen3, Gemma, Mistral, SmolLM3, GPT-2, Mixtral, … fit)."
-        )
 
 
 def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -12,33 +12,35 @@ no family is known by name. Whether a decoder can carry cross-attention is told 
 
 import copy
 from contextlib import contextmanager
-from inspect import signature
 from itertools import chain
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import ModelOutput
 
-from .configuration_aurea import AureaConfig
-from .cross_attention_aurea import UnfitLanguageModelError, decoder_layers, woven_class
+from .configuration_aurea import AureaConfig, UnfitLanguageModelError
+from .cross_attention_aurea import decoder_layers, woven_class
 
 
-# transformers calls it `cache` from 5.24 on; both words are taken, this one is handed on.
-CACHE_NAME = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else (
-    "past_key_values"
-)
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, given under either of its names.
+def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """Name and module of the decoder in a `...ForCausalLM`: its one child that is a model of its own.
 
     Raises:
-        ValueError: two different ones were given.
+        UnfitLanguageModelError: there is none, or more than one.
     """
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("`cache` and `past_key_values` are two names of one argument. Give one of them.")
-    return past_key_values if cache is None else cache
+    models = [(name, child) for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)]
+    if len(models) != 1:
+        raise UnfitLanguageModelError(
+            causal_lm.config,
+            f"whose {type(causal_lm).__name__} has {len(models)} models inside, where one is looked for, its decoder",
+        )
+    return models[0]
 
 
 def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
@@ -48,24 +50,33 @@ def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
         UnfitLanguageModelError: it is none of transformers' decoder language models.
     """
     text_config = config.text_config
-    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING or text_config.is_encoder_decoder:
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
-    if text_config.get_text_config() is not text_config:
-        raise UnfitLanguageModelError(text_config, "a language model with more around it. Give its `text_config`")
-    if getattr(text_config, "is_decoder", None) is False:  # most are nothing else and do not say so
+    if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
         raise UnfitLanguageModelError(
-            text_config, "which is not a decoder language model, but reads both ways, unless its `is_decoder` is set"
+            text_config, "which is not a decoder language model: it reads both ways, unless its `is_decoder` is set"
         )
     return AutoModelForCausalLM.from_config(text_config)
+
+
+class _Reached(Exception):
+    """In the place of a decoder's output: tells that it reached the head, which need not be run for that."""
 
 
 class DecoderStandIn:
     """In the place of a decoder that has run: called, it gives the output handed to it; otherwise it is the decoder."""
 
-    def __init__(self, decoder: nn.Module):
+    def __init__(self, decoder: PreTrainedModel):
         self._stands_for = decoder
 
-    def __call__(self, *args, decoder_output: ModelOutput, **kwargs) -> ModelOutput:
+    def __call__(self, *args, decoder_output: ModelOutput | None = None, **kwargs) -> ModelOutput:
+        if decoder_output is None:
+            raise UnfitLanguageModelError(
+                self._stands_for.config,
+                "whose head does not hand keyword arguments on to its decoder: the decoder's output could not reach it",
+            )
+        if isinstance(decoder_output, _Reached):
+            raise decoder_output
         return decoder_output
 
     def __getattr__(self, name: str):
@@ -89,13 +100,10 @@ class ModulelessCausalLMMixin:
     def __setattr__(self, name: str, value):
         setattr(self.owner, name, value) if isinstance(value, nn.Module) else super().__setattr__(name, value)
 
-    @property
-    def device(self) -> torch.device:
-        return self.owner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.owner.dtype
+    device = property(lambda self: self.owner.device)
+    dtype = property(lambda self: self.owner.dtype)
+    training = property(lambda self: self.owner.training)
+    vocab_size = property(lambda self: self.owner.vocab_size)
 
 
 def name_in_owner(name: str, prefix: str, decoder: str) -> str:
@@ -108,9 +116,12 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
 
     Args:
         decoder: the name that the decoder has in `owner`, for weights that head and decoder share.
+
+    Raises:
+        UnfitLanguageModelError: the decoder's output does not reach the head.
     """
-    prefix = causal_lm.base_model_prefix
-    stand_in = DecoderStandIn(causal_lm._modules.pop(prefix))
+    prefix, own_decoder = decoder_of(causal_lm)
+    del causal_lm._modules[prefix]
     for own, theirs in (
         (causal_lm._modules, owner.register_module),
         (causal_lm._parameters, owner.register_parameter),
@@ -127,11 +138,15 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
     owner._is_stateful = causal_lm._is_stateful
     owner._can_compile_fullgraph = causal_lm._can_compile_fullgraph
     owner.vocab_size = causal_lm.config.vocab_size
-    for name in ("training", "vocab_size"):
-        causal_lm.__dict__.pop(name, None)  # the owner's, from here on
-    causal_lm.__dict__ |= {prefix: stand_in, "owner": owner}
+    causal_lm.__dict__ |= {prefix: DecoderStandIn(own_decoder), "owner": owner}
     causal_lm.__class__ = woven_class(ModulelessCausalLMMixin, type(causal_lm))
     owner.__dict__["causal_lm"] = causal_lm  # by assignment it would become a submodule
+    try:  # as far as the place where its decoder stood
+        causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), decoder_output=_Reached())
+    except UnfitLanguageModelError:
+        raise
+    except Exception:  # it was reached, or the run failed for want of weights, which says nothing
+        pass
 
 
 @contextmanager

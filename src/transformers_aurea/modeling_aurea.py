@@ -60,15 +60,15 @@ from .cross_attention_aurea import (
 from .fusion_aurea import FUSIONS, SpatialRangeAttention
 from .hub_kernels_aurea import HubKernelsMixin
 from .language_model_aurea import (
-    CACHE_NAME,
     carries_cross_attention,
+    decoder_of,
     hand_over_head,
     make_causal_lm,
-    one_cache,
     watched_layers,
 )
 from .losses_aurea import feature_consistency_loss, feature_diversity_loss, share_of_batch
 from .parts_aurea import Part, model_from_parts, pooling_settings
+from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 
 
 if torch.distributed.is_available():
@@ -328,6 +328,7 @@ class AureaModel(AureaPreTrainedModel):
         ValueError: the language model cannot carry visual states to its layers.
     """
 
+    @names_untested_version
     def __init__(self, config: AureaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         fusion = config.fusion_config
@@ -338,7 +339,7 @@ class AureaModel(AureaPreTrainedModel):
             semantic_size, spatial_size, fusion.depth, fusion.radius, fusion.layer_norm_eps
         )
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
-        self.language_model = make_causal_lm(config).base_model if language_model is None else language_model
+        self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
         self._weave_cross_attention()
         self._carries_pictures = carries_cross_attention(self.language_model)
         self.post_init()
@@ -497,6 +498,7 @@ class AureaModel(AureaPreTrainedModel):
         placeholder = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
+    @names_untested_version
     @can_return_tuple
     def forward(
         self,
@@ -683,10 +685,11 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
     output_modalities = ("text",)
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
+    @names_untested_version
     def __init__(self, config: AureaConfig):
         super().__init__(config)
         causal_lm = make_causal_lm(config)
-        self.model = AureaModel(config, causal_lm.base_model)
+        self.model = AureaModel(config, decoder_of(causal_lm)[1])
         hand_over_head(causal_lm, self, "model.language_model")
         self.post_init()
 
@@ -767,6 +770,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         """See [`AureaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @names_untested_version
     @can_return_tuple
     def forward(
         self,
@@ -874,9 +878,6 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         elif cross_attention_states is None and pixel_values is not None and not is_cached:
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
-
-    def create_masks_for_generate(self, *args, **kwargs):
-        return self.causal_lm.create_masks_for_generate(*args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         return self.causal_lm._prepare_position_ids_for_generation(*args, **kwargs)

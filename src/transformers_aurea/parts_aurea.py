@@ -20,6 +20,7 @@ from inspect import signature
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -33,7 +34,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
-from .language_model_aurea import name_in_owner
+from .language_model_aurea import decoder_of, name_in_owner
 
 
 logger = logging.get_logger(__name__)
@@ -181,10 +182,16 @@ def model_from_parts(
     with torch.device("meta"):
         skeleton = model_class(config)
     language_model = load_language_model(text)
+    has_head = isinstance(language_model, MODEL_FOR_CAUSAL_LM_MAPPING[type(language_model.config)])
+    if not has_head and not config.tie_word_embeddings:
+        raise ValueError(
+            f"`text` ({type(language_model).__name__}) has no language modelling head. Give the model with it "
+            "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
+        )
     parts = {
         "model.vision_model.": load_encoder(vision),
         "model.spatial_vision_model.": load_encoder(spatial_vision),
-        "": _language_model_weights(language_model),
+        "": _language_model_weights(language_model, has_head),
     }
     state_dict = _state_dict(skeleton, parts)
     dtype = language_model.dtype if dtype in (None, "auto") else dtype
@@ -195,8 +202,8 @@ def model_from_parts(
     finally:
         logging.set_verbosity(verbosity)
     model.name_or_path = model.config.name_or_path = ""  # it is saved nowhere; the loader says 'None'
-    _copy_buffers(language_model.base_model, model.model.language_model)
-    _check_language_model(model, language_model)
+    _copy_buffers(decoder_of(language_model)[1] if has_head else language_model, model.model.language_model)
+    _check_language_model(model, language_model, has_head)
     _check_encoders(model)
     _make_room_for_image_token(model)
     if language_model.can_generate():
@@ -226,11 +233,7 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     new = ("model.fusion.", "model.multi_modal_projector.")
     missing = sorted(name for name in places.keys() - state_dict.keys() if not name.startswith(new))
     if missing:
-        raise ValueError(
-            f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}… If it is the head of "
-            "`text` that is missing, give the model with it (`...ForCausalLM`), or `tie_word_embeddings=True` to use "
-            "its input embeddings."
-        )
+        raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
     last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(last_of_block)}
     # The loader keeps in float32 what is given, not what it makes itself.
@@ -238,18 +241,17 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     return state_dict | zeros | widths
 
 
-def _language_model_weights(language_model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """By the names that they have in an Aurea; of a decoder without head, the decoder's alone."""
-    is_decoder = language_model.base_model is language_model
-    weights, prefix = language_model.state_dict(), language_model.base_model_prefix
-    return {
-        name_in_owner(f"{prefix}.{name}" if is_decoder else name, prefix, "model.language_model"): tensor
-        for name, tensor in weights.items()
-    }
+def _language_model_weights(language_model: PreTrainedModel, has_head: bool) -> dict[str, torch.Tensor]:
+    """By the names that they have in an Aurea."""
+    weights = language_model.state_dict()
+    if not has_head:
+        return {f"model.language_model.{name}": tensor for name, tensor in weights.items()}
+    prefix = decoder_of(language_model)[0]
+    return {name_in_owner(name, prefix, "model.language_model"): tensor for name, tensor in weights.items()}
 
 
 @torch.no_grad()
-def _check_language_model(model: PreTrainedModel, language_model: PreTrainedModel):
+def _check_language_model(model: PreTrainedModel, language_model: PreTrainedModel, has_head: bool):
     """Shows a few tokens to an Aurea and to the language model that it is made of.
 
     Raises:
@@ -257,10 +259,10 @@ def _check_language_model(model: PreTrainedModel, language_model: PreTrainedMode
     """
     ids = [idx for idx in range(5) if idx != model.config.image_token_id][:4]
     input_ids = torch.tensor([ids])
-    if language_model.base_model is language_model:
-        ours, theirs = (part(input_ids).last_hidden_state for part in (model.model, language_model.eval()))
-    else:
+    if has_head:
         ours, theirs = (part(input_ids).logits for part in (model, language_model.eval()))
+    else:
+        ours, theirs = (part(input_ids).last_hidden_state for part in (model.model, language_model.eval()))
     difference, largest = (ours.float() - theirs.float()).abs().max(), theirs.float().abs().max()
     # Rounding is not looked for: attention may be computed by another implementation, or in another precision.
     is_half = torch.finfo(ours.dtype).bits < 32 or torch.finfo(theirs.dtype).bits < 32
