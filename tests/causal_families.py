@@ -22,12 +22,15 @@ SMALL = {
     **dict.fromkeys(["hidden_size", "embedding_size", "word_embed_proj_dim", "attention_hidden_size"], 32),
     **dict.fromkeys(["input_embedding_size", "output_embedding_size", "lru_width", "mamba_d_ssm"], 32),
     **dict.fromkeys(["intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"], 48),
-    **dict.fromkeys(["feed_forward_size", "ffn_hidden_size", "dim_ff", "dff", "d_inner", "dense_intermediate_size"], 48),
+    **dict.fromkeys(
+        ["feed_forward_size", "ffn_hidden_size", "dim_ff", "dff", "d_inner", "dense_intermediate_size"], 48
+    ),
     **dict.fromkeys(["intermediate_size_mlp", "prefix_dense_intermediate_size", "block_multiple_of"], 48),
     **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 16),
     **dict.fromkeys(["shared_intermediate_size", "shared_experts_intermediate_size"], 16),
     **dict.fromkeys(["moe_shared_expert_intermediate_size", "embedding_dim", "router_hidden_size"], 32),
     **dict.fromkeys(["num_attention_heads", "encoder_attention_heads", "swa_num_attention_heads"], 4),
+    **dict.fromkeys(["decoder_attention_heads", "num_decoder_attention_heads", "attention_heads"], 4),
     **dict.fromkeys(["num_heads", "n_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"], 4),
     **dict.fromkeys(["linear_num_heads", "linear_num_value_heads", "index_n_heads"], 4),
     **dict.fromkeys(["num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "num_kv_heads"], 2),
@@ -46,7 +49,8 @@ SMALL = {
     **dict.fromkeys(["max_position_embeddings", "max_target_positions", "max_seq_len", "context_length"], 512),
     **dict.fromkeys(["original_max_position_embeddings", "n_ctx"], 512),
     "num_hidden_layers": 3,
-    "encoder_layers": 1,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
     "first_k_dense_replace": 1,
     "num_dense_layers": 1,
     "num_nextn_predict_layers": 0,
@@ -81,11 +85,110 @@ NOT_NEUTRAL = {
 LISTS_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 # What the rules above do not get right.
+CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+PADDED_VOCABULARY = {"vocab_size": 112, "unpadded_vocab_size": 99}
 OWN = {
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], "mamba_n_heads": 8},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "blt": {
+        "num_hidden_layers": 3,
+        "encoder_hash_byte_group_vocab": 50,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+        "global_config": {"hidden_size": 64},
+        "patcher_config": {"head_dim": 8},
+    },
+    "cohere_compass_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+        "logit_scale": 0.3,
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 2.0}, "ffn_config": {"moe_top_k": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dots1": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+    "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "intermediate_size": 48},
+    "granitemoehybrid": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_n_heads": 8,
+    },
+    "inkling2_loop_text": PADDED_VOCABULARY,
+    "inkling2_text": PADDED_VOCABULARY,
+    "inkling_text": PADDED_VOCABULARY,
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": CONVOLUTIONS,
+    "mamba2": {"num_heads": 8},
+    "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3},
+    "qwen4_exp_text": {
+        "ple_layer_ids": [1],
+        "ple_embed_dim": 16,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+    },
+    "reformer": {  # texts of more than a chunk cannot be generated with buckets
+        "attn_layers": ["local", "lsh"] * 2,
+        "local_attn_chunk_length": 32,
+        "lsh_attn_chunk_length": 32,
+        "axial_pos_embds": False,
+        "num_buckets": 4,
+        "hash_seed": 0,
+    },
+    "roc_bert": {
+        "pronunciation_embed_dim": 16,
+        "pronunciation_vocab_size": 99,
+        "shape_embed_dim": 16,
+        "shape_vocab_size": 99,
+    },
+    "xlm": {"causal": True},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_blocks": 3},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }
 
 # Families without a tiny configuration, and why.
 IMPOSSIBLE = {
+    "gemma3n": "its model is built around a tower of the package timm",
+    "gemma4_assistant": "it reads the keys and values of another model",
+    "gemma4_unified_assistant": "it reads the keys and values of another model",
+    "musicgen": "its causal model is built from the decoder's part of its configuration only",
+    "musicgen_melody": "its causal model is built from the decoder's part of its configuration only",
 }
 
 
@@ -97,45 +200,53 @@ def causal_families() -> list[str]:
 def tiny_text_config(model_type: str) -> PreTrainedConfig:
     if model_type in IMPOSSIBLE:
         raise ValueError(f"{model_type!r} has no tiny configuration: {IMPOSSIBLE[model_type]}")
-    return tiny(CONFIG_MAPPING[model_type], model_type)
+    return _tiny(CONFIG_MAPPING[model_type], OWN.get(model_type))
 
 
-def tiny(config_class: type[PreTrainedConfig], model_type: str | None = None) -> PreTrainedConfig:
-    own = OWN.get(model_type or config_class.model_type, {})
-    default = config_class(**own.get("needed", {}))
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    defaults = {name: getattr(default, name) for name in fields if name != "dtype"}
+def _tiny(config_class: type[PreTrainedConfig], own: dict | None) -> PreTrainedConfig:
+    def real(name: str) -> str:
+        return config_class.attribute_map.get(name, name)
+
+    if own is None:
+        own = OWN.get(config_class.model_type, {})
+    own = {real(name): value for name, value in own.items()}
+    default = vars(config_class())
+    defaults = {real(field.name): default.get(real(field.name)) for field in dataclasses.fields(config_class)}
     kinds = {name: list(dict.fromkeys(defaults[name])) for name in LISTS_OF_LAYERS if defaults.get(name)}
-    layers = own.get("num_hidden_layers", 4 if any(len(kind) > 1 for kind in kinds.values()) else 3)
+    layers = 4 if any(len(kind) > 1 for kind in kinds.values()) else 3
+    layers = own.get(real("num_hidden_layers"), layers)
 
     settings = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     for name, default in defaults.items():
         if isinstance(default, PreTrainedConfig):
-            settings[name] = tiny(type(default))
-        elif "drop" in name and isinstance(default, float) or name.endswith("jitter_noise"):
+            settings[name] = _tiny(type(default), own.pop(name, None))
+        elif ("drop" in name and isinstance(default, float)) or name.endswith("jitter_noise"):
             settings[name] = 0.0
         elif name.endswith("_token_id") and name not in settings and isinstance(default, int):
             settings[name] = 3
     for name, value in SMALL.items():
-        name = config_class.attribute_map.get(name, name)
-        default = defaults.get(name)
+        name, default = real(name), defaults.get(real(name))
         if isinstance(default, list):
             settings[name] = [value] * layers
         elif isinstance(default, int):
             settings[name] = min(default, value)  # where one head serves all, it stays one
-    for name, value in NOT_NEUTRAL.items():
-        if defaults.get(name) is not None or (name in fields and name == "final_logit_softcapping"):
+        elif name in defaults and name in ("head_dim", "num_key_value_heads"):
             settings[name] = value
-    if "qk_rope_head_dim" in fields:  # keys and values are made anew for every head
+    for name, value in NOT_NEUTRAL.items():
+        if defaults.get(name) is not None or (name in defaults and name == "final_logit_softcapping"):
+            settings[name] = value
+    if "is_decoder" in defaults:
+        settings["is_decoder"] = True
+    if "qk_rope_head_dim" in defaults:  # keys and values are made anew for every head
         settings["num_key_value_heads"] = settings["num_attention_heads"]
-    settings[config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = layers
+    if real("num_hidden_layers") in defaults:
+        settings[real("num_hidden_layers")] = layers
     for name, kind in kinds.items():
         if name == "mlp_layer_types":  # the dense ones come first
             settings[name] = (kind + kind[-1:] * layers)[:layers]
-        else:  # layers that see all come last
+        else:  # those that see all come last
             kind.sort(key=lambda one: one == "full_attention")
             settings[name] = [kind[(at - layers) % len(kind)] for at in range(layers)]
-    own = {config_class.attribute_map.get(name, name): value for name, value in own.items() if name != "needed"}
     return config_class(**settings | own)
 
 
@@ -177,9 +288,6 @@ def _check(model_type: str) -> str:
             problems.append(f"{text[:LENGTH]!r}")
             return f"[{len(problems)}]"
 
-    def equal(one: torch.Tensor, other: torch.Tensor) -> str:
-        return "yes" if torch.equal(one, other) else "differs"
-
     problems, columns, start = [], [], time.perf_counter()
     model = None
 
@@ -201,21 +309,26 @@ def _check(model_type: str) -> str:
         logits = model(**TEXT).logits
         return f"{logits[1].std(-1).mean():.2g}/{logits[1].std(0).mean():.2g}"
 
-    one_row = {name: tensor[1:] for name, tensor in TEXT.items()}
+    def compare(settings: dict, others: dict) -> str:
+        if torch.equal(_greedy(model, **settings), _greedy(model, **settings, **others)):
+            return "yes"
+        same = torch.equal(_greedy(model, row, **settings), _greedy(model, row, **settings, **others))
+        return "unpadded" if same else "no"
+
+    def lookup() -> str:
+        return "yes" if torch.equal(_greedy(model, row), _greedy(model, row, prompt_lookup_num_tokens=2)) else "no"
+
+    row = {name: tensor[1:] for name, tensor in TEXT.items()}
+    beams = {"num_beams": 3, "num_return_sequences": 2}
     with torch.no_grad():
         columns.append(attempt(build))
         if model is not None:
             columns.append(attempt(forward))
             columns.append(attempt(spread))
-            columns.append(attempt(lambda: equal(_greedy(model), _greedy(model, use_cache=False))))
-            beams = {"num_beams": 3, "num_return_sequences": 2}
-            columns.append(attempt(lambda: equal(_greedy(model, **beams), _greedy(model, use_cache=False, **beams))))
-            columns.append(
-                attempt(lambda: equal(_greedy(model), _greedy(model, cache_implementation="static")))
-            )
-            columns.append(
-                attempt(lambda: equal(_greedy(model, one_row), _greedy(model, one_row, prompt_lookup_num_tokens=2)))
-            )
+            columns.append(attempt(lambda: compare({}, {"use_cache": False})))
+            columns.append(attempt(lambda: compare(beams, {"use_cache": False})))
+            columns.append(attempt(lambda: compare({}, {"cache_implementation": "static"})))
+            columns.append(attempt(lookup))
     columns.append(f"{time.perf_counter() - start:.1f}")
     problems = "  ".join(f"[{number}] {problem}" for number, problem in enumerate(problems, 1))
     return " | ".join([f"{model_type:26}", *(f"{column:9}" for column in columns), problems])
