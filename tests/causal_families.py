@@ -32,7 +32,8 @@ SMALL = {
     **dict.fromkeys(["num_attention_heads", "encoder_attention_heads", "swa_num_attention_heads"], 4),
     **dict.fromkeys(["decoder_attention_heads", "num_decoder_attention_heads", "attention_heads"], 4),
     **dict.fromkeys(["num_heads", "n_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"], 4),
-    **dict.fromkeys(["linear_num_heads", "linear_num_value_heads", "index_n_heads"], 4),
+    **dict.fromkeys(["linear_num_heads", "linear_num_value_heads"], 4),
+    "index_n_heads": 8,
     **dict.fromkeys(["num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "num_kv_heads"], 2),
     **dict.fromkeys(["head_dim", "swa_head_dim", "dim_head", "d_head", "attention_head_size", "kv_channels"], 8),
     **dict.fromkeys(["mamba_d_head", "mamba_head_dim", "mamba_headdim", "linear_head_dim", "rotary_dim"], 8),
@@ -48,6 +49,8 @@ SMALL = {
     **dict.fromkeys(["attention_chunk_size", "index_topk"], 5),
     **dict.fromkeys(["max_position_embeddings", "max_target_positions", "max_seq_len", "context_length"], 512),
     **dict.fromkeys(["original_max_position_embeddings", "n_ctx"], 512),
+    **dict.fromkeys(["index_block_size", "log_scaling_n_floor", "floor_scale", "local_attention_window_len"], 4),
+    **dict.fromkeys(["index_topk_blocks", "n_layers_per_attn_res_block", "no_rope_layer_interval"], 2),
     "num_hidden_layers": 3,
     "encoder_layers": 3,
     "decoder_layers": 3,
@@ -78,6 +81,8 @@ NOT_NEUTRAL = {
     "query_pre_attn_scalar": 16,
     "logit_scale": 0.3,
     "dim_model_base": 16,
+    "interleave_moe_layer_step": 2,
+    "mlp_only_layers": [0],
     "mlp_multipliers": [0.7, 1.3],
     "ssm_multipliers": [0.7, 0.8, 0.9, 1.1, 1.2],
 }
@@ -85,6 +90,7 @@ NOT_NEUTRAL = {
 LISTS_OF_LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
 # What the rules above do not get right.
+WINDOWS = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
 PADDED_VOCABULARY = {"vocab_size": 112, "unpadded_vocab_size": 99}
 OWN = {
@@ -100,20 +106,26 @@ OWN = {
         "patcher_config": {"head_dim": 8},
     },
     "cohere_compass_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **WINDOWS,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
             "full_attention": None,
         },
         "logit_scale": 0.3,
     },
+    "cohere2_moe": {"prefix_dense_intermediate_size": 48},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 2.0}, "ffn_config": {"moe_top_k": 2}},
-    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {
+        "num_experts_per_tok": 2,
+        "topk_method": "group_limited_greedy",
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "dots1": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **WINDOWS,
         "n_routed_experts": 4,
         "n_shared_experts": 1,
         "num_experts_per_tok": 2,
@@ -131,21 +143,36 @@ OWN = {
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": 32, "adapter_out_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 2},
-    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"global_head_dim": 16},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "intermediate_size": 48},
     "granitemoehybrid": {
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "mamba_n_heads": 8,
     },
-    "inkling2_loop_text": PADDED_VOCABULARY,
+    "hrm_text": {"num_hidden_layers": 1, "L_cycles": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "inkling2_loop_text": {
+        **PADDED_VOCABULARY,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+    },
     "inkling2_text": PADDED_VOCABULARY,
     "inkling_text": PADDED_VOCABULARY,
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
+    "laguna": {**WINDOWS, "sliding_window": 5},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
+    "longcat_flash": {"num_layers": 2},
     "mamba2": {"num_heads": 8},
+    "mellum": WINDOWS,
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "moshi": {"sliding_window": 512},  # its cache forgets, but its mask does not
+    "mpt": {"use_cache": True},
     "prophetnet": {"num_encoder_layers": 3, "num_decoder_layers": 3},
     "qwen4_exp_text": {
         "ple_layer_ids": [1],
@@ -177,7 +204,7 @@ OWN = {
         "shape_vocab_size": 99,
     },
     "xlm": {"causal": True},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_blocks": 3},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_blocks": 3, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }
@@ -213,6 +240,8 @@ def _tiny(config_class: type[PreTrainedConfig], own: dict | None) -> PreTrainedC
     default = vars(config_class())
     defaults = {real(field.name): default.get(real(field.name)) for field in dataclasses.fields(config_class)}
     kinds = {name: list(dict.fromkeys(defaults[name])) for name in LISTS_OF_LAYERS if defaults.get(name)}
+    if kinds.get("mlp_layer_types") == ["sparse"]:
+        kinds["mlp_layer_types"] = ["dense", "sparse"]
     layers = 4 if any(len(kind) > 1 for kind in kinds.values()) else 3
     layers = own.get(real("num_hidden_layers"), layers)
 
