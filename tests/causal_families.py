@@ -64,6 +64,10 @@ SMALL = {
     "patch_size": 8,
     "num_mel_bins": 8,
     "max_source_positions": 16,
+    "num_blocks": 1,
+    "mlp_dim": 48,
+    "output_channels": 8,
+    **dict.fromkeys(["ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"], 32),
     "depth": 1,
 }
 
@@ -225,6 +229,7 @@ def causal_families() -> list[str]:
 
 
 def tiny_text_config(model_type: str) -> PreTrainedConfig:
+    """A configuration of the family from which AutoModelForCausalLM builds a tiny model of two to four layers."""
     if model_type in IMPOSSIBLE:
         raise ValueError(f"{model_type!r} has no tiny configuration: {IMPOSSIBLE[model_type]}")
     return _tiny(CONFIG_MAPPING[model_type], OWN.get(model_type))
@@ -282,7 +287,8 @@ def _tiny(config_class: type[PreTrainedConfig], own: dict | None) -> PreTrainedC
 def randomise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Add random numbers to all that is learned: biases and norms too, which would else be zeros and ones."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+    learned = {id(tensor): (name, tensor) for name, tensor in sorted(model.state_dict(keep_vars=True).items())}
+    for name, tensor in learned.values():  # a tied one once
         fixed = not isinstance(tensor, nn.Parameter) and ("inv_freq" in name or "rotary" in name)
         if tensor.is_floating_point() and not fixed:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
