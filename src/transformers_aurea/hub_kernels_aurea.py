@@ -37,16 +37,19 @@ from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWe
 
 
 def _why_refused() -> str:
-    if importlib.util.find_spec("kernels") is None:
-        return "it is not installed"
-    return f"this transformers does not accept the version installed, {importlib.metadata.version('kernels')}"
+    reason = "it is not installed"
+    if importlib.util.find_spec("kernels"):
+        installed = importlib.metadata.version("kernels")
+        reason = f"this transformers does not accept the version installed, {installed}"
+    return f"{reason}. `pip install 'transformers[kernels]'` gets one that fits"
 
 
+WHY_NO_KERNELS = ""
 try:
     if not is_kernels_available():
         raise ImportError(_why_refused())
     # Run with 0.17.2. Release 0.18, which transformers wants from 5.23 on, is untested: it could be neither installed
-    # nor read, and is known only by what transformers calls. A name that it lacks leaves PyTorch in place.
+    # nor read, and is known only by what transformers calls. Where it differs, PyTorch stays in place.
     from kernels import (
         KernelizeFallback,
         Mode,
@@ -60,9 +63,7 @@ try:
     )
     from kernels.layer.globals import _KERNEL_MAPPING  # there is no public way to ask what is registered
 except ImportError as error:
-    WHY_NO_KERNELS = f"`kernels` cannot be used: {error}. `pip install 'transformers[kernels]'` gets one that fits"
-else:
-    WHY_NO_KERNELS = ""
+    WHY_NO_KERNELS = f"`kernels` cannot be used: {error}"
 
 
 logger = logging.get_logger(__name__)
@@ -437,7 +438,12 @@ class HubKernelsMixin:
             return
         mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
         for layer in _layers_of(self):
-            _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
+            try:
+                _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
+            except Exception as error:  # of a repository that the user registered, or of a `kernels` that differs
+                _put_back(layer)
+                layer.why_pytorch = _describe(error)
+                _warn_of_pytorch(f"The reason: {layer.why_pytorch}.")
 
     def _apply(self, *args, **kwargs):
         # All of `to()`, `cuda()`, `cpu()` end here. Each type of device has its own kernel, or none.
@@ -455,5 +461,7 @@ class HubKernelsMixin:
 
 
 if not WHY_NO_KERNELS:
-    # Neither what the user has registered already nor another copy of this file is replaced.
-    _register(replace=False)
+    try:  # Neither what the user has registered already nor another copy of this file is replaced.
+        _register(replace=False)
+    except Exception as error:  # of a `kernels` that differs
+        WHY_NO_KERNELS = f"`kernels` cannot be used: {_describe(error)}"
