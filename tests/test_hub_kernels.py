@@ -716,7 +716,7 @@ class TestSources:
             model.set_use_kernels(True)
         assert model.kernel_status().implementation == "kernel" and warnings() == []
 
-    def test_what_the_user_registers_fails_with_one_warning(self, model, warnings):
+    def test_what_the_user_registers_fails_with_one_warning(self, model, warnings, fake_kernel):
         class Unreachable:
             def load(self):
                 raise ConnectionError("name resolution failed")
@@ -724,6 +724,12 @@ class TestSources:
         mapping = {name: {"cpu": Unreachable()} for name in hub_kernels_aurea.LAYERS}
         with kernels.use_kernel_mapping(mapping):
             assert_falls_back(model, warnings, "ConnectionError: name resolution failed")
+        configure_kernel(path=fake_kernel)
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel"
+        with kernels.use_kernel_mapping(mapping):
+            model.set_use_kernels(True)
+            assert model.kernel_status() == ("pytorch", None, "ConnectionError: name resolution failed")
 
     def test_a_repository_names_itself_without_a_network_and_is_not_copied(self):
         repository = hub_kernels_aurea.AureaKernelRepository("SpatialRangeWeights", "cuda")
