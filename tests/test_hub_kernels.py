@@ -18,13 +18,7 @@ import pytest
 import torch
 from conftest import random_pixels, tiny_config, tiny_model
 from safetensors.torch import save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import KernelConfig, PreTrainedModel
-
-
-kernels = pytest.importorskip("kernels")
-
-from test_integrations_aurea import (  # noqa: E402
+from test_integrations_aurea import (
     CODE_FILES,
     LANGUAGE_MODEL_TARGETS,
     WITHOUT_PACKAGE,
@@ -34,15 +28,25 @@ from test_integrations_aurea import (  # noqa: E402
     train_steps,
     training_arguments,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import KernelConfig, PreTrainedModel
+from transformers.utils import is_kernels_available
 
-from transformers_aurea import (  # noqa: E402
+from transformers_aurea import (
     AureaForConditionalGeneration,
     configure_kernel,
     hub_kernels_aurea,
     kernel_status,
 )
-from transformers_aurea.fusion_aurea import SpatialRangeFusion  # noqa: E402
+from transformers_aurea.fusion_aurea import SpatialRangeFusion
 
+
+if is_kernels_available():
+    import kernels
+
+needs_kernels = pytest.mark.skipif(
+    not is_kernels_available(), reason="`kernels` is not installed in a version that this transformers accepts"
+)
 
 # The HTTP library is that of the installed `huggingface_hub`; its major releases differ in it.
 httpx = sys.modules[type(huggingface_hub.utils.get_session()).__module__.partition(".")[0]]
@@ -111,6 +115,9 @@ def calls(folder: Path) -> list[str]:
 def no_source_named(monkeypatch):
     for name in ENVIRONMENT:
         monkeypatch.delenv(f"AUREA_KERNEL_{name}", raising=False)
+    if not is_kernels_available():
+        yield
+        return
     configure_kernel()
     hub_kernels_aurea._register()  # back to what an import registers: the sources that the environment names
     yield
@@ -207,6 +214,7 @@ def assert_same(actual: dict, expected: dict, tolerance: float) -> None:
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
+@needs_kernels
 class TestInPlace:
     def test_from_pretrained_puts_it_in_place_and_it_stays(self, kernel, converted):
         model = AureaForConditionalGeneration.from_pretrained(converted, use_kernels=True)
@@ -420,6 +428,7 @@ def assert_falls_back(model, warnings, *patterns: str) -> None:
     assert torch.equal(model(**inputs).logits, expected)
 
 
+@needs_kernels
 class TestFailures:
     def test_no_source_named_touches_no_network(self, model, warnings, monkeypatch):
         def refuse(*args, **kwargs):
@@ -575,6 +584,7 @@ def hub(monkeypatch):
     huggingface_hub.close_session()
 
 
+@needs_kernels
 class TestHub:
     REPO = "someone/spatial-range-attention"
 
@@ -636,6 +646,7 @@ class TestHub:
         assert_falls_back(model, warnings, "nowhere failed", "no such folder", "not from a trusted publisher")
 
 
+@needs_kernels
 class TestSources:
     def test_the_environment_names_a_repository_a_build_or_a_variant(self, fake_kernel, model, monkeypatch):
         for folder in (fake_kernel, fake_kernel / "build", fake_kernel / "build" / "torch-universal"):
@@ -705,6 +716,21 @@ class TestSources:
             model.set_use_kernels(True)
         assert model.kernel_status().implementation == "kernel" and warnings() == []
 
+    def test_what_the_user_registers_fails_with_one_warning(self, model, warnings, fake_kernel):
+        class Unreachable:
+            def load(self):
+                raise ConnectionError("name resolution failed")
+
+        mapping = {name: {"cpu": Unreachable()} for name in hub_kernels_aurea.LAYERS}
+        with kernels.use_kernel_mapping(mapping):
+            assert_falls_back(model, warnings, "ConnectionError: name resolution failed")
+        configure_kernel(path=fake_kernel)
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "kernel"
+        with kernels.use_kernel_mapping(mapping):
+            model.set_use_kernels(True)
+            assert model.kernel_status() == ("pytorch", None, "ConnectionError: name resolution failed")
+
     def test_a_repository_names_itself_without_a_network_and_is_not_copied(self):
         repository = hub_kernels_aurea.AureaKernelRepository("SpatialRangeWeights", "cuda")
         assert str(repository) == "Aurea's kernel (layer `SpatialRangeWeights`, cuda)"
@@ -734,6 +760,7 @@ class TestSources:
         assert asked == [(True, config, None)]
 
 
+@needs_kernels
 class TestStatus:
     def test_not_asked_for(self, model):
         status = kernel_status(model)
@@ -812,13 +839,62 @@ class NoKernels(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NoKernels())
 """
 
-NOT_INSTALLED = """
-model = check(AutoModelForImageTextToText.from_pretrained(folder, **settings))
-for ask in (lambda: model.set_use_kernels(True), lambda: model.configure_kernel(path="somewhere")):
-    try:
-        ask()
-    except (ValueError, ImportError) as error:
-        report.append([type(error).__name__, str(error)])
+DIFFERENT_KERNELS = {
+    "lacks a name": ("del kernels.layer.globals._KERNEL_MAPPING", "cannot import name '_KERNEL_MAPPING'"),
+    "keeps another mapping": ("kernels.layer.globals._KERNEL_MAPPING = object()", "AttributeError: 'object' object"),
+}
+
+REFUSED_KERNELS = [
+    pytest.param("as it is", marks=pytest.mark.skipif(is_kernels_available(), reason="`kernels` fits")),
+    "none",
+    "99.0",
+    *(pytest.param(difference, marks=needs_kernels) for difference in DIFFERENT_KERNELS),
+]
+
+
+def refused_kernels(installed: str, folder: Path) -> tuple[str, dict[str, str], str]:
+    """What makes `kernels` one that cannot be used: code to run first, the environment, and what the reason says."""
+    if installed in DIFFERENT_KERNELS:
+        code, reason = DIFFERENT_KERNELS[installed]
+        return f"import kernels.layer.globals\n{code}\n", {}, reason
+    advice = ". `pip install 'transformers[kernels]'` gets one that fits"
+    if installed == "as it is":
+        return "", {}, advice
+    if installed == "none":
+        return WITHOUT_KERNELS, {}, "it is not installed" + advice
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "__init__.py").write_text("raise AssertionError('imported, though it does not fit')")
+    metadata = folder / f"kernels-{installed}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {installed}\n")
+    reason = f"this transformers does not accept the version installed, {installed}{advice}"
+    return "", {"PYTHONPATH": str(folder)}, reason
+
+
+REFUSED = """
+import copy
+
+model = check(AutoModelForImageTextToText.from_pretrained(folder, **settings).train().eval())
+print("Now it is asked for", file=sys.stderr)
+asked = check(AutoModelForImageTextToText.from_pretrained(folder, use_kernels=True, **settings))
+check(asked.train().eval())
+model.set_use_kernels(True)
+check(model)
+check(copy.deepcopy(model))
+assert asked.use_kernels and model.use_kernels
+assert not any("forward" in vars(module) for module in (*model.modules(), *asked.modules()))
+model.set_use_kernels(False)
+assert not model.use_kernels
+check(model)
+try:
+    model.configure_kernel(path="somewhere")
+except ImportError as error:
+    report.append(str(error))
+"""
+
+WELL = """
+check(AutoModelForImageTextToText.from_pretrained(folder, **settings).train().eval())
+model = check(AutoModelForImageTextToText.from_pretrained(folder, use_kernels=True, **settings))
 check(model.train().eval())
 """
 
@@ -843,7 +919,7 @@ class TestRemoteCode:
 
     def run(self, saved: Path, script: str, prelude: str = "", **environment) -> tuple[list, str]:
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        inherited |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(saved / "home")}
+        inherited |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(saved / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         files = [saved / name for name in ("model", "inputs.safetensors", "logits.safetensors")]
         code = WITHOUT_PACKAGE + prelude + SCRIPT + script + "\nprint(json.dumps(report))"
         command = [sys.executable, "-c", code, *map(str, files)]
@@ -851,6 +927,12 @@ class TestRemoteCode:
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
+    @needs_kernels
+    def test_where_all_goes_well_there_is_no_warning(self, kernel, saved):
+        report, errors = self.run(saved, WELL, AUREA_KERNEL_PATH=str(kernel))
+        assert [status[0] for status in report] == ["pytorch", "kernel", "kernel"] and errors == ""
+
+    @needs_kernels
     def test_the_kernel_is_in_place(self, kernel, saved):
         report, errors = self.run(saved, REMOTE, AUREA_KERNEL_PATH=str(kernel))
         loaded, again, off, failed = report
@@ -860,13 +942,22 @@ class TestRemoteCode:
         assert failed[0] == "pytorch" and "no such folder" in failed[2]
         assert errors.count("Aurea's kernel is not used") == 1
 
-    def test_without_kernels_installed_all_is_as_before(self, saved):
-        (loaded, switched, configured, again), _ = self.run(saved, NOT_INSTALLED, prelude=WITHOUT_KERNELS)
-        assert loaded[0] == again[0] == "pytorch" and loaded[3] < 1e-5 and again[3] < 1e-5
-        assert "`kernels`: it is not installed" in loaded[2]
-        assert switched[0] == "ValueError" and "Kernels are not available" in switched[1]
-        assert configured[0] == "ImportError" and "not installed" in configured[1]
+    @pytest.mark.parametrize("installed", REFUSED_KERNELS)
+    def test_without_kernels_that_fit_it_is_pytorch_with_one_warning(self, installed, saved, tmp_path):
+        prelude, settings, reason = refused_kernels(installed, tmp_path)
+        report, errors = self.run(saved, REFUSED, prelude, **settings)
+        *reports, refusal = report
+        assert len(reports) == 6
+        for implementation, source, why, difference in reports:
+            assert (implementation, source) == ("pytorch", None)
+            assert reason in why
+            assert difference == reports[0][3] < 1e-5
+        assert reason in refusal
+        before, warning = errors.splitlines()
+        assert before == "Now it is asked for"
+        assert warning.endswith(f"Aurea's kernel is not used, PyTorch computes instead. The reason: {reports[0][2]}.")
 
+    @needs_kernels
     def test_hub_kernels_switched_off(self, saved, fake_kernel):
         ((implementation, source, reason, difference),), _ = self.run(
             saved, SWITCHED_OFF, AUREA_KERNEL_PATH=str(fake_kernel), USE_HUB_KERNELS="NO"

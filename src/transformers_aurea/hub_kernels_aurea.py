@@ -17,11 +17,12 @@ in use, and why.
 
 import base64
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import struct
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import MethodType, ModuleType
@@ -35,9 +36,21 @@ from transformers.utils.hub import is_offline_mode
 from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWeights
 
 
-if is_kernels_available():
+def _why_refused() -> str:
+    reason = "it is not installed"
+    if importlib.util.find_spec("kernels"):
+        installed = importlib.metadata.version("kernels")
+        reason = f"this transformers does not accept the version installed, {installed}"
+    return f"{reason}. `pip install 'transformers[kernels]'` gets one that fits"
+
+
+WHY_NO_KERNELS = ""
+try:
+    if not is_kernels_available():
+        raise ImportError(_why_refused())
+    # Run with 0.17.2. Release 0.18, which transformers wants from 5.23 on, is untested: it could be neither installed
+    # nor read, and is known only by what transformers calls. Where it differs, PyTorch stays in place.
     from kernels import (
-        Device,
         KernelizeFallback,
         Mode,
         get_kernel,
@@ -48,11 +61,9 @@ if is_kernels_available():
         register_kernel_mapping,
         use_kernel_mapping,
     )
-
-    try:  # There is no public way to ask what is registered.
-        from kernels.layer.globals import _KERNEL_MAPPING
-    except ImportError:
-        _KERNEL_MAPPING = ContextVar("_KERNEL_MAPPING", default={})  # noqa: B039, nobody writes to it
+    from kernels.layer.globals import _KERNEL_MAPPING  # there is no public way to ask what is registered
+except ImportError as error:
+    WHY_NO_KERNELS = f"`kernels` cannot be used: {error}"
 
 
 logger = logging.get_logger(__name__)
@@ -193,6 +204,10 @@ def _warn(message: str) -> None:
     logger.warning(message)
 
 
+def _warn_of_pytorch(explanation: str) -> None:
+    _warn(f"Aurea's kernel is not used, PyTorch computes instead. {explanation}")
+
+
 @cache
 def _find_layers(sources: tuple, device: torch.device, radius: int) -> tuple[dict[str, type[nn.Module]], str]:
     """The layers of the first source that has some which work on this device and at this radius, and what failed."""
@@ -214,7 +229,7 @@ def _find_layers(sources: tuple, device: torch.device, radius: int) -> tuple[dic
             "No source of it is named: set the environment variable AUREA_KERNEL_PATH to a local build or "
             "AUREA_KERNEL_REPO to a hub repository, or call `configure_kernel`."
         )
-    _warn(f"Aurea's kernel is not used, PyTorch computes instead. {' '.join(failures)}")
+    _warn_of_pytorch(" ".join(failures))
     return {}, " ".join(failures)
 
 
@@ -287,8 +302,8 @@ def configure_kernel(
     Raises:
         ImportError: if `kernels` is not installed in a version that transformers accepts.
     """
-    if not is_kernels_available():
-        raise ImportError(f"Aurea's kernel is loaded by `kernels`: {_NO_KERNELS}.")
+    if WHY_NO_KERNELS:
+        raise ImportError(f"No kernel can be loaded: {WHY_NO_KERNELS}.")
     for memory in (_open, _find_layers, _warn):
         memory.cache_clear()
     _register(_named_sources(path, repo_id, revision, trust_remote_code))
@@ -303,9 +318,6 @@ class KernelStatus(NamedTuple):
     """Where the kernel in use comes from."""
     reason: str
     """Why this implementation is in use."""
-
-
-_NO_KERNELS = "it is not installed, or in a version that this transformers does not accept"
 
 
 def _device_type(device: torch.device) -> str:
@@ -323,21 +335,32 @@ def _registered(layer: nn.Module, device: torch.device) -> dict:
     return (registered and registered.repos) or {}
 
 
+def _put_back(layer: nn.Module) -> None:
+    """Gives a layer its own forward again."""
+    vars(layer).pop("why_pytorch", None)
+    if isinstance(vars(layer).get("forward"), MethodType):
+        del layer.forward
+    if "_old_forward" in vars(layer):  # what a hook of accelerate calls
+        layer._old_forward = MethodType(type(layer).forward, layer)
+
+
 def _put_in_place(layer: nn.Module, device: torch.device, radius: int, mode) -> None:
     """Gives a layer the forward of the kernel registered for it, or its own, and in `why_pytorch` the reason."""
     repositories = _registered(layer, device)
+    device_type = _device_type(device)
+    if not repositories:
+        _put_back(layer)
+        layer.why_pytorch = f"no kernel is registered for {device_type}"
+        if device_type != "meta":
+            _warn_of_pytorch(f"The reason: {layer.why_pytorch}.")
+        return
     asked = {
         key: _Asked(repository, device, radius) if hasattr(repository, "load_for") else repository
         for key, repository in repositories.items()
     }
-    device_type = _device_type(device)
-    with use_kernel_mapping({type(layer).__name__: {device_type: asked}} if asked else {}):
-        kernelize(layer, mode=mode, device=Device(type=device_type), use_fallback=KernelizeFallback.ALL)
+    with use_kernel_mapping({type(layer).__name__: {device_type: asked}}):
+        kernelize(layer, mode=mode, device=device_type, use_fallback=KernelizeFallback.ALL)
     layer.why_pytorch = "".join(getattr(repository, "failure", "") for repository in repositories.values())
-    if not repositories:
-        layer.why_pytorch = f"no kernel is registered for {device_type}"
-        if device_type != "meta":
-            _warn(f"Aurea's kernel is not used, PyTorch computes instead. The reason: {layer.why_pytorch}.")
 
 
 def _source_in_use(layer: nn.Module) -> str | None:
@@ -346,7 +369,7 @@ def _source_in_use(layer: nn.Module) -> str | None:
     forward = getattr(forward, "__func__", forward)
     if forward is type(layer).forward:
         return None
-    for kernel in get_loaded_kernels() if is_kernels_available() else ():
+    for kernel in () if WHY_NO_KERNELS else get_loaded_kernels():
         if f"{forward.__module__}.".startswith(f"{kernel.metadata.id}."):
             if kernel.repo_info is None:
                 return str(Path(kernel.module.__file__).parent)
@@ -355,16 +378,16 @@ def _source_in_use(layer: nn.Module) -> str | None:
 
 
 def _why_pytorch(layer: nn.Module, device: torch.device) -> str:
-    if not is_kernels_available():
-        return f"`kernels`: {_NO_KERNELS}"
+    if WHY_NO_KERNELS:
+        return WHY_NO_KERNELS
     if not hasattr(type(layer), "kernel_layer_name"):
         return "the environment variable USE_HUB_KERNELS switches kernels off"
+    if vars(layer).get("why_pytorch"):
+        return layer.why_pytorch
     if "forward" not in vars(layer):
         return "no kernel was asked for: `from_pretrained(..., use_kernels=True)` or `set_use_kernels(True)`"
     if os.environ.get("DISABLE_KERNEL_MAPPING", "0") != "0":
         return "the environment variable DISABLE_KERNEL_MAPPING switches kernels off"
-    if vars(layer).get("why_pytorch"):
-        return layer.why_pytorch
     repositories = _registered(layer, device)
     if not repositories:
         return f"no kernel is registered for {_device_type(device)}"
@@ -405,16 +428,22 @@ class HubKernelsMixin:
         """
         for layer in _layers_of(self):
             vars(layer).pop("why_pytorch", None)
-            if not use_kernels and isinstance(vars(layer).get("forward"), MethodType):
-                del layer.forward
-            if not use_kernels and "_old_forward" in vars(layer):  # what a hook of accelerate calls
-                layer._old_forward = MethodType(type(layer).forward, layer)
-        if not use_kernels or kernel_config or self.kernel_config or not is_kernels_available():
+            if not use_kernels:
+                _put_back(layer)
+        if not use_kernels or kernel_config or self.kernel_config:
             return super().set_use_kernels(use_kernels, kernel_config, mode)
+        self._use_kernels = True
+        if WHY_NO_KERNELS:
+            _warn_of_pytorch(f"The reason: {WHY_NO_KERNELS}.")
+            return
         mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
         for layer in _layers_of(self):
-            _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
-        self._use_kernels = True
+            try:
+                _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
+            except Exception as error:  # of a repository that the user registered, or of a `kernels` that differs
+                _put_back(layer)
+                layer.why_pytorch = _describe(error)
+                _warn_of_pytorch(f"The reason: {layer.why_pytorch}.")
 
     def _apply(self, *args, **kwargs):
         # All of `to()`, `cuda()`, `cpu()` end here. Each type of device has its own kernel, or none.
@@ -427,10 +456,12 @@ class HubKernelsMixin:
     def __setstate__(self, state):
         super().__setstate__(state)
         # A pickle has the PyTorch layers, a copy has what the model had.
-        if self.use_kernels and is_kernels_available() and self.kernel_status().implementation == "pytorch":
+        if self.use_kernels and self.kernel_status().implementation == "pytorch":
             self.set_use_kernels(True)
 
 
-if is_kernels_available():
-    # Neither what the user has registered already nor another copy of this file is replaced.
-    _register(replace=False)
+if not WHY_NO_KERNELS:
+    try:  # Neither what the user has registered already nor another copy of this file is replaced.
+        _register(replace=False)
+    except Exception as error:  # of a `kernels` that differs
+        WHY_NO_KERNELS = f"`kernels` cannot be used: {_describe(error)}"
