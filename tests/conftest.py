@@ -46,7 +46,7 @@ def tiny_config(text_config: dict | None = None, **kwargs) -> AureaConfig:
             **vision,
         },
         spatial_vision_config={"model_type": "dinov2_with_registers", "hidden_size": 12, "mlp_ratio": 2, **vision},
-        fusion_config={"radius": 1, "depth": 1},
+        feature_fusion_config={"radius": 1, "depth": 1},
         image_token_id=IMAGE_TOKEN_ID,
         **kwargs,
     )

@@ -413,7 +413,7 @@ class HubKernelsMixin:
             return super().set_use_kernels(use_kernels, kernel_config, mode)
         mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
         for layer in _layers_of(self):
-            _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
+            _put_in_place(layer, self.device, self.config.feature_fusion_config.radius, mode)
         self._use_kernels = True
 
     def _apply(self, *args, **kwargs):

@@ -307,7 +307,7 @@ class AureaModel(AureaPreTrainedModel):
 
     def __init__(self, config: AureaConfig):
         super().__init__(config)
-        fusion = config.fusion_config
+        fusion = config.feature_fusion_config
         semantic_size, spatial_size = config.feature_sizes
         self.vision_model = _make_encoder(config.vision_config)
         self.spatial_vision_model = _make_encoder(config.spatial_vision_config)
@@ -404,7 +404,7 @@ class AureaModel(AureaPreTrainedModel):
             return tokens, None
         losses = {}
         if consistency:
-            settings = {"radius": self.config.fusion_config.radius, **self.config.feature_consistency_kernel}
+            settings = {"radius": self.config.feature_fusion_config.radius, **self.config.feature_consistency_kernel}
             # The guidance says what belongs together; an encoder that trains is not to learn to say what pays.
             losses["feature_consistency"] = sum(
                 feature_consistency_loss(guidance.detach(), fused_map, **settings, reduction="none")
@@ -691,8 +691,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             dtype (`torch.dtype` or `str`, *optional*):
                 Of everything but the encoders, which are in float32. By default that of the language model.
             config_overrides:
-                Arguments of [`AureaConfig`], such as `fusion_config` and `cross_attention_layers`; others are refused.
-                With `image_token_id` no tokenizer is needed.
+                Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
+                refused. With `image_token_id` no tokenizer is needed.
 
         Raises:
             OSError: a part cannot be found.
