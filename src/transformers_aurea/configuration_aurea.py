@@ -16,6 +16,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .name_tables_aurea import enter_name_tables
+
 
 # `long_factor` of microsoft/Phi-4-mini-instruct. Aurea was trained with it at every length, hence it stands for the
 # short one as well.
@@ -82,6 +84,9 @@ _AUTO_MAP = {
     "AutoProcessor": "processing_aurea.AureaProcessor",
     "AutoImageProcessor": "image_processing_aurea.AureaImageProcessor",
 }
+
+# Here, because `transformers serve` looks the model type up as soon as it has the configuration.
+enter_name_tables()
 
 
 @strict
