@@ -75,8 +75,12 @@ def test_the_main_names_are_few():
 
 
 def test_names_are_shown_before_their_modules_are_imported():
-    script = (
-        "import sys, transformers_aurea as package; names = dir(package); assert 'set_trainable' in names, names; "
-    )
-    script += "assert names == sorted(set(names)); assert 'transformers_aurea.training_aurea' not in sys.modules"
+    script = """
+import sys
+import transformers_aurea
+
+names = dir(transformers_aurea)
+assert "set_trainable" in names and names == sorted(set(names)), names
+assert "transformers_aurea.training_aurea" not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", script], check=True)

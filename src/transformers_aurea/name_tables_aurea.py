@@ -1,13 +1,12 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""What an Aurea is, for those tools that look it up in transformers' tables of model types and class names.
+"""What an Aurea is, for the tools that look it up by name in transformers' tables of model types and classes.
 
-    table                 who reads it
-    causal language       `Trainer`: with label smoothing it shifts the labels for the classes in it alone, and trains
-    models                every other one to predict the token that it reads
-    images and text       `transformers serve`: a model whose type is in neither of these it does not load, and one
-    multimodal            whose class is in neither it does not talk to; the pipeline of remote code; TRL's online DPO
+    causal language models    `Trainer`, which shifts the labels for label smoothing for the classes in it alone, and
+                              trains any other to predict the token that it reads
+    images and text           the pipeline, where nothing is registered (remote code); TRL's online DPO
+    multimodal models         `transformers serve`: it loads by the types, and tells by the classes what a model takes
 
-The Auto classes read these tables too, but only for types that transformers itself has: theirs is what was registered.
+The Auto classes read these tables for the types of transformers itself alone; to them an Aurea is what is registered.
 """
 
 from transformers.models.auto import modeling_auto
