@@ -99,7 +99,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
             "hidden_sizes": [width // 2, width],
             "depths": [1, 2],
         },
-        fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
+        feature_fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
         text_config={
             "model_type": "phi3",
             "vocab_size": len(tokenizer),

@@ -144,7 +144,8 @@ def load_model(args: ModelArguments):
     overrides = parse_json("config_overrides", args.config_overrides)
     if not isinstance(overrides, dict):
         raise ValueError(
-            f'--config_overrides must be like {{"fusion_config": {{"radius": 2}}}}, got {args.config_overrides}.'
+            f'--config_overrides must be like {{"feature_fusion_config": {{"radius": 2}}}}, got '
+            f"{args.config_overrides}."
         )
     given = [f"--{name}" for name, part in parts.items() if part is not None]
     missing = [f"--{name}" for name, part in parts.items() if part is None]

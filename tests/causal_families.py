@@ -225,7 +225,7 @@ IMPOSSIBLE = {
 
 def causal_families() -> list[str]:
     """The model types of all causal language models of the installed transformers."""
-    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING))
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) & set(CONFIG_MAPPING) - {"aurea"})
 
 
 def tiny_text_config(model_type: str) -> PreTrainedConfig:

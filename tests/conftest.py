@@ -38,7 +38,7 @@ _SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "p
 TINY_VISION = {
     "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, **_SMALL},
     "spatial_vision_config": {"model_type": "dinov2_with_registers", "hidden_size": 12, "mlp_ratio": 2, **_SMALL},
-    "fusion_config": {"radius": 1, "depth": 1},
+    "feature_fusion_config": {"radius": 1, "depth": 1},
 }
 
 

@@ -45,7 +45,7 @@ class TestValues:
         model = tiny_model(**COEFFICIENTS)
         if fusion_type == "concat":
             config = tiny_config(**COEFFICIENTS).to_dict()
-            config["fusion_config"] |= {"fusion_type": "concat"}
+            config["feature_fusion_config"] |= {"fusion_type": "concat"}
             model = type(model)(type(model.config)(**config))
         inputs = rows(model.config)
         seen = {}
@@ -253,8 +253,8 @@ def test_bad_settings_are_refused_by_name(settings, message):
 
 
 def test_a_grid_within_the_radius_is_refused_for_any_fusion_that_is_to_be_consistent():
-    config = tiny_config().to_dict() | {"fusion_config": {"fusion_type": "concat", "radius": 4}}
+    config = tiny_config().to_dict() | {"feature_fusion_config": {"fusion_type": "concat", "radius": 4}}
     config_class = type(tiny_config())
     config_class(**config)
-    with pytest.raises(Exception, match=r"must be larger than `fusion_config.radius` \(4\)"):
+    with pytest.raises(Exception, match=r"must be larger than `feature_fusion_config.radius` \(4\)"):
         config_class(**config | {"feature_consistency_coef": 1.0})

@@ -142,7 +142,7 @@ BAD_INPUT = {
     "view that is no multiple of the patches": (parts(vision_image_size=225), r"\(225, 225\).*\(14, 14\)"),
     "encoder without a size": (parts(vision_config={"model_type": "resnet"}), "resnet.*`vision_image_size`"),
     "grid not larger than the radius": (
-        parts(fusion_config={"radius": 16}),
+        parts(feature_fusion_config={"radius": 16}),
         r"grid of \(16, 16\).*radius.*\(16\)",
     ),
     "radius of zero": (op(lambda: AureaFusionConfig(radius=0)), "radius.*at least 1, got 0"),

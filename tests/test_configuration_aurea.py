@@ -3,9 +3,9 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY_TEXT, tiny_config
+from conftest import FIXTURES, TINY_TEXT, tiny_config, tiny_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaFusionConfig
 
@@ -19,7 +19,7 @@ def test_defaults_are_the_published_sizes():
     assert config.projector_hidden_size == 12288
     assert (config.cross_attention_num_heads, config.cross_attention_num_key_value_heads) == (24, 8)
     assert (config.cross_attention_head_dim, config.cross_attention_intermediate_size) == (128, 8192)
-    assert (config.fusion_config.depth, config.fusion_config.radius) == (4, 3)
+    assert (config.feature_fusion_config.depth, config.feature_fusion_config.radius) == (4, 3)
     assert config.tie_word_embeddings
 
 
@@ -52,7 +52,7 @@ def test_saving_and_loading_changes_nothing(config, tmp_path):
     assert type(AutoConfig.from_pretrained(tmp_path)) is AureaConfig
     written = json.loads((tmp_path / "config.json").read_text())
     assert len(written["auto_map"]) == 6
-    assert written["fusion_config"]["model_type"] == "aurea_fusion"
+    assert written["feature_fusion_config"]["model_type"] == "aurea_fusion"
 
 
 def test_folder_of_another_model_is_refused(tmp_path):
@@ -69,10 +69,72 @@ def test_parts_may_be_dictionaries_or_configurations():
         text_config=text,
         vision_config=config.vision_config.to_dict(),
         spatial_vision_config=config.spatial_vision_config,
-        fusion_config=AureaFusionConfig(radius=1, depth=1),
+        feature_fusion_config=AureaFusionConfig(radius=1, depth=1),
     )
     assert mixed.text_config is text
     assert mixed.vision_config.to_dict() == config.vision_config.to_dict()
+
+
+class TestFormerNameOfTheFusion:
+    @pytest.mark.parametrize("fusion", [{"radius": 2}, AureaFusionConfig(radius=2)], ids=["dict", "config"])
+    def test_it_is_taken_with_one_warning(self, fusion):
+        with pytest.warns(FutureWarning, match="the argument is `feature_fusion_config` now") as warnings:
+            config = AureaConfig(fusion_config=fusion)
+        assert len(warnings) == 1
+        assert config.to_dict() == AureaConfig(feature_fusion_config={"radius": 2}).to_dict()
+        assert "fusion_config" not in config.to_dict()
+
+    def test_it_overrides_what_a_folder_says_with_one_warning(self, tmp_path):
+        tiny_config().save_pretrained(tmp_path)
+        with pytest.warns(FutureWarning, match="`feature_fusion_config` now") as warnings:
+            config = AureaConfig.from_pretrained(tmp_path, fusion_config={"radius": 2})
+        assert len(warnings) == 1
+        assert (config.feature_fusion_config.radius, config.feature_fusion_config.depth) == (2, 1)
+
+    def test_both_names_at_once_are_refused(self):
+        for former in ({"radius": 2}, AureaFusionConfig(radius=2)):
+            with pytest.raises(ValueError, match="give one of the two"):
+                AureaConfig(feature_fusion_config={"radius": 2}, fusion_config=former)
+
+    def test_nothing_answers_to_it(self):
+        """transformers takes what a configuration has under this name for its own."""
+        assert not hasattr(AureaConfig(), "fusion_config")
+
+
+class TestOverridesOfFromPretrained:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize("auto_class", [AureaForConditionalGeneration, AutoModelForImageTextToText])
+    def test_settings_of_the_fusion_are_merged_into_the_folders(self, folder, auto_class):
+        model = auto_class.from_pretrained(folder, feature_fusion_config={"layer_norm_eps": 1e-3})
+        fusion = model.config.feature_fusion_config
+        assert (fusion.radius, fusion.depth, fusion.layer_norm_eps) == (1, 1, 1e-3)
+        assert model.model.fusion.semantic_norm.eps == 1e-3
+
+    def test_another_radius_makes_new_weights_of_the_fusion(self, folder):
+        model, report = AureaForConditionalGeneration.from_pretrained(
+            folder, feature_fusion_config={"radius": 2}, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        assert (model.config.feature_fusion_config.radius, model.config.feature_fusion_config.depth) == (2, 1)
+        assert report["mismatched_keys"]
+        assert all(name.startswith("model.fusion.") for name, *_ in report["mismatched_keys"])
+
+    def test_fusion_config_is_transformers_own(self, folder, tmp_path):
+        """Kinds of modules to fuse, of which an Aurea has none; they stay in the configuration."""
+        own = {"patch_embeddings": True}
+        for auto_class in (AureaForConditionalGeneration, AutoModelForImageTextToText):
+            model = auto_class.from_pretrained(folder, fusion_config=own)
+            assert model.config.fusion_config == own
+            assert model.config.feature_fusion_config.radius == 1
+        model.save_pretrained(tmp_path / "again")
+        again = AureaForConditionalGeneration.from_pretrained(tmp_path / "again")
+        assert again.config.fusion_config == own
+        assert again.config.feature_fusion_config.to_dict() == model.config.feature_fusion_config.to_dict()
+        with pytest.raises(ValueError, match="Unknown fusion type: radius"):
+            AureaForConditionalGeneration.from_pretrained(folder, fusion_config={"radius": 2})
 
 
 def test_the_spatial_view_defaults_to_the_size_that_gives_one_grid():

@@ -61,6 +61,7 @@ def test_the_folder_is_complete(converted):
             "image_processing_aurea.py",
             "language_model_aurea.py",
             "losses_aurea.py",
+            "name_tables_aurea.py",
             "parts_aurea.py",
             "processing_aurea.py",
             "processor_config.json",

@@ -683,7 +683,8 @@ class TestLaunchConfigurations:
     @pytest.mark.parametrize("decoder", ["phi3", "llama", "gpt2"])
     def test_the_model_names_the_layers_to_shard(self, decoder, fusion_type):
         """accelerate looks for each name in the model, and refuses one that it does not find."""
-        settings = tiny_config({"model_type": decoder}).to_dict() | {"fusion_config": {"fusion_type": fusion_type}}
+        fusion = {"feature_fusion_config": {"fusion_type": fusion_type}}
+        settings = tiny_config({"model_type": decoder}).to_dict() | fusion
         model = AureaForConditionalGeneration(AureaConfig(**settings))
         names = {type(module).__name__ for module in model.modules()}
         assert model._no_split_modules <= names

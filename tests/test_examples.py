@@ -112,7 +112,7 @@ def test_train_an_adapter(untrained, tmp_path):
         (["--dataset", "scenes", "--output_dir", "x", "--do_train", "--first_scene", "-4"], "at least 0, got -4"),
         (
             ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--config_overrides", "[1]"],
-            '--config_overrides must be like {"fusion_config": {"radius": 2}}, got [1]',
+            '--config_overrides must be like {"feature_fusion_config": {"radius": 2}}, got [1]',
         ),
         (["--dataset", "c.json", "--output_dir", "x", "--do_eval"], "--do_eval needs --eval_dataset"),
         (
@@ -129,7 +129,7 @@ def test_train_an_adapter(untrained, tmp_path):
                 "--output_dir",
                 "x",
                 "--do_train",
-                '--config_overrides={"fusion_config": {"raduis": 2}}',
+                '--config_overrides={"feature_fusion_config": {"raduis": 2}}',
             ],
             "did you mean 'radius'",
         ),
@@ -188,7 +188,7 @@ def test_model_of_parts_trains(tmp_path):
     options = training_options(None, tmp_path / "trained", steps=30) | {
         **parts,
         "stage": "align",
-        "config_overrides": '{"fusion_config": {"radius": 3, "depth": 1}, "projector_hidden_size": 256}',
+        "config_overrides": '{"feature_fusion_config": {"radius": 3, "depth": 1}, "projector_hidden_size": 256}',
         "curriculum": "[[1, 1]]",
         "learning_rate": 3e-3,
     }

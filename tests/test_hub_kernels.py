@@ -508,7 +508,7 @@ class TestFailures:
         configure_kernel(path=write_kernel(tmp_path, edited((signature, signature + limit))))
         config = tiny_config()
         config.vision_config.image_size = config.spatial_vision_config.image_size = 70
-        config.fusion_config.radius = 7
+        config.feature_fusion_config.radius = 7
         served, other = tiny_model(), AureaForConditionalGeneration(config).eval()
         for model in (served, other, other, served):
             model.set_use_kernels(True)
@@ -790,7 +790,7 @@ class TestStatus:
 
     def test_a_model_without_the_attention(self):
         config = tiny_config()
-        config.fusion_config.fusion_type = "concat"
+        config.feature_fusion_config.fusion_type = "concat"
         assert AureaForConditionalGeneration(config).kernel_status() == (
             *("pytorch", None),
             "there is no spatial-range attention in it",

@@ -26,6 +26,7 @@ CODE_FILES = {
     "image_processing_aurea.py",
     "losses_aurea.py",
     "modeling_aurea.py",
+    "name_tables_aurea.py",
     "parts_aurea.py",
     "processing_aurea.py",
     "spatial_range_attention_aurea.py",

@@ -37,7 +37,7 @@ from transformers_aurea.tokenization_aurea import build_tokenizer
 NUM_BYTES = 259  # every byte and three special tokens
 LANGUAGE_MODELS = {"phi3": {}, "llama": {"tie_word_embeddings": True}, "qwen3": {"head_dim": 16}, "gpt2": {}}
 VIEW = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-FUSION = {"fusion_config": {"radius": 1, "depth": 1}}
+FUSION = {"feature_fusion_config": {"radius": 1, "depth": 1}}
 CHATML = (
     "\n{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim "
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -308,13 +308,19 @@ BAD_PARTS = {
     ),
     "unknown override": ({"cross_atention_layers": [0]}, ValueError, "did you mean 'cross_attention_layers'"),
     "unknown setting of the fusion": (
-        {"fusion_config": {"raduis": 1}},
+        {"feature_fusion_config": {"raduis": 1}},
         ValueError,
         "AureaFusionConfig; did you mean 'radius",
     ),
+    "unknown setting of the fusion by its former name": (
+        {"feature_fusion_config": None, "fusion_config": {"raduis": 1}},
+        ValueError,
+        "AureaFusionConfig; did you mean 'radius",
+    ),
+    "both names of the fusion": ({"fusion_config": {"radius": 1}}, ValueError, "give one of the two"),
     "configuration of a part": ({"text_config": {}}, ValueError, r"\['text_config'\] come from the parts"),
     "negative image token": ({"image_token_id": -1}, Exception, "`image_token_id` must be 0 or greater, got -1"),
-    "radius": ({"fusion_config": {"radius": 4}}, Exception, r"\(4, 4\) patches must be larger than.*radius` \(4\)"),
+    "radius": ({"feature_fusion_config": {"radius": 4}}, Exception, r"\(4, 4\) patches must be larger.*radius` \(4\)"),
 }
 
 
@@ -323,6 +329,14 @@ def test_bad_parts_are_refused_by_name(folder, arguments, error, message):
     arguments = {name: folder / value if isinstance(value, str) else value for name, value in arguments.items()}
     with pytest.raises(error, match=message):
         from_folders(folder, **arguments)
+
+
+def test_the_former_name_of_the_fusion_is_taken_with_one_warning(folder):
+    expected = from_folders(folder).config
+    with pytest.warns(FutureWarning, match="the argument is `feature_fusion_config` now") as warnings:
+        model = from_folders(folder, feature_fusion_config=None, fusion_config=FUSION["feature_fusion_config"])
+    assert len([warning for warning in warnings if warning.category is FutureWarning]) == 1
+    assert model.config.to_dict() == expected.to_dict()
 
 
 def test_a_language_model_with_a_tower_of_its_own_is_refused(folder, tmp_path):
@@ -531,7 +545,7 @@ template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True
 inputs = processor.apply_chat_template(chat, **template)
 with torch.no_grad():
     logits = model(**inputs).logits
-again = model.from_pretrained_parts(*sys.argv[2:5], fusion_config={"radius": 1, "depth": 1})
+again = model.from_pretrained_parts(*sys.argv[2:5], feature_fusion_config={"radius": 1, "depth": 1})
 save_file({**inputs, "logits": logits, "embeddings": again.get_input_embeddings().weight.detach()}, "out.safetensors")
 """
 

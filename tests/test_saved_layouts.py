@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from conftest import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from transformers_aurea import AureaForConditionalGeneration, AureaModel
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaModel
 
 
 LAYOUT = FIXTURES / "embedded_layout_0.1"
-"""The embedded model as version 0.1 saved it: its files, without code, and `layout.safetensors` in place of the weights.
+"""The embedded model as version 0.1 saved it: its files, without code, and `layout.safetensors` for the weights.
 That holds the names and shapes of all weights (in its header) and the logits that version 0.1 computed with
 `random_weights` for `EXAMPLE`."""
 
@@ -61,6 +62,22 @@ def test_every_weight_of_the_first_layout_finds_its_place(folder, model_class):
     state = model.state_dict()
     prefix = "" if model_class is AureaForConditionalGeneration else "model."
     assert all(torch.equal(state[name.removeprefix(prefix)], tensor) for name, tensor in weights.items())
+
+
+def test_a_folder_that_says_fusion_config_is_read_in_silence_and_saved_under_the_new_name(folder, tmp_path):
+    written = json.loads((folder / "config.json").read_text())
+    assert "feature_fusion_config" not in written
+    (folder / "config.json").write_text(json.dumps(written | {"fusion_config": {"radius": 2, "depth": 5}}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        config = AureaConfig.from_pretrained(folder)
+        overridden = AureaConfig.from_pretrained(folder, feature_fusion_config={"depth": 1})
+    assert (config.feature_fusion_config.radius, config.feature_fusion_config.depth) == (2, 5)
+    assert (overridden.feature_fusion_config.radius, overridden.feature_fusion_config.depth) == (2, 1)
+    config.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert "fusion_config" not in written
+    assert written["feature_fusion_config"]["radius"] == 2
 
 
 @torch.no_grad()

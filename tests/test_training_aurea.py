@@ -54,7 +54,7 @@ def mixed_batch() -> dict:
 
 
 def concat_model() -> AureaForConditionalGeneration:
-    settings = tiny_config().to_dict() | {"fusion_config": {"fusion_type": "concat"}}
+    settings = tiny_config().to_dict() | {"feature_fusion_config": {"fusion_type": "concat"}}
     return AureaForConditionalGeneration(AureaConfig(**settings))
 
 

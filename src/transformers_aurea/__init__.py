@@ -68,6 +68,10 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *(name for names in _TRAINING.values() for name in names)})
+
+
 AutoConfig.register("aurea", AureaConfig)
 AutoModel.register(AureaConfig, AureaModel)
 AutoModelForImageTextToText.register(AureaConfig, AureaForConditionalGeneration)
@@ -84,41 +88,16 @@ AureaProcessor.register_for_auto_class()
 
 __version__ = "0.1.0"
 
+# What most need. The other names stay importable from here.
 __all__ = [
-    "GROUP_MODULES",
-    "LORA_TARGETS",
-    "NEUTRAL_SAMPLING",
-    "PARAMETER_GROUPS",
-    "STAGES",
     "AureaConfig",
-    "AureaDataCollator",
     "AureaForConditionalGeneration",
-    "AureaFusionConfig",
     "AureaImageProcessor",
     "AureaModel",
-    "AureaPreTrainedModel",
     "AureaProcessor",
-    "AuxiliaryLossLogger",
-    "DynamicTopKLogitsWarper",
-    "GroupGradientNorms",
-    "KernelStatus",
-    "SpatialRangeEntropy",
-    "TrainableReport",
-    "check_dataset",
     "configure_kernel",
     "embedded_model_path",
-    "feature_consistency_loss",
-    "feature_diversity",
-    "feature_diversity_loss",
     "kernel_status",
-    "linear_cka",
-    "load_llava_dataset",
-    "lora_targets",
-    "modules_not_to_quantize",
-    "neighborhood_aggregate",
-    "parameter_groups",
     "published_sampling",
     "set_trainable",
-    "spatial_range_weights",
-    "to_chat_rows",
 ]

@@ -2,15 +2,18 @@
 """Configuration of Aurea: two vision encoders, their fusion, and the decoder that reads it.
 
 The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_config`), DINOv2 giant with registers
-(`spatial_vision_config`), four stages of spatial-range attention (`fusion_config`) and Phi-4-mini (`text_config`).
-Any decoder LM and any vision encoder that transformers knows may take a part's place.
+(`spatial_vision_config`), four stages of spatial-range attention (`feature_fusion_config`) and Phi-4-mini
+(`text_config`). Any decoder LM and any vision encoder that transformers knows may take a part's place.
 """
 
+import warnings
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .name_tables_aurea import enter_name_tables
 
 
 # `long_factor` of microsoft/Phi-4-mini-instruct. Aurea was trained with it at every length, hence it stands for the
@@ -79,6 +82,9 @@ _AUTO_MAP = {
     "AutoImageProcessor": "image_processing_aurea.AureaImageProcessor",
 }
 
+# Here, because `transformers serve` looks the model type up as soon as it has the configuration.
+enter_name_tables()
+
 
 class UnfitLanguageModelError(ValueError):
     """A language model that cannot read pictures through cross-attention, and why."""
@@ -110,23 +116,19 @@ class AureaFusionConfig(PreTrainedConfig):
     """
 
     model_type = "aurea_fusion"
-    base_config_key = "fusion_config"
+    base_config_key = "feature_fusion_config"
 
     fusion_type: Literal["spatial_range", "concat", "semantic", "spatial"] = "spatial_range"
     depth: int = 4
     radius: int = 3
     layer_norm_eps: float = 1e-5
 
-    def items(self):
-        """Nothing: `from_pretrained` takes a config's `fusion_config` for a mapping of kernels to patch in."""
-        return iter(())
-
     def validate_architecture(self):
         super().validate_architecture()
         if self.depth < 1:
-            raise ValueError(f"`fusion_config.depth` must be at least 1, got {self.depth}.")
+            raise ValueError(f"`feature_fusion_config.depth` must be at least 1, got {self.depth}.")
         if self.radius < 1:
-            raise ValueError(f"`fusion_config.radius` must be at least 1, got {self.radius}.")
+            raise ValueError(f"`feature_fusion_config.radius` must be at least 1, got {self.radius}.")
 
 
 @strict
@@ -141,7 +143,7 @@ class AureaConfig(PreTrainedConfig):
             The spatial encoder, which sees view 1.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Phi-4-mini):
             The language model, a decoder whose `forward` hands keyword arguments on to its layers.
-        fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
+        feature_fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
             How the two feature maps become one.
         vision_image_size (`int` or `list[int]`, *optional*, defaults to `vision_config.image_size`):
             Side, or height and width, in pixels of view 0.
@@ -196,13 +198,13 @@ class AureaConfig(PreTrainedConfig):
             AutoConfig, model_type="dinov2_with_registers", init_kwargs=_DINOV2_GIANT
         ),
         "text_config": SubConfigSpec(AutoConfig, model_type="phi3", init_kwargs=_PHI4_MINI),
-        "fusion_config": SubConfigSpec(AureaFusionConfig),
+        "feature_fusion_config": SubConfigSpec(AureaFusionConfig),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     spatial_vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    fusion_config: dict | PreTrainedConfig | None = None
+    feature_fusion_config: dict | PreTrainedConfig | None = None
     vision_image_size: int | list[int] | tuple[int, int] | None = None
     spatial_vision_image_size: int | list[int] | tuple[int, int] | None = None
     cross_attention_layers: list[int] | None = None
@@ -222,6 +224,8 @@ class AureaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
+        kwargs = _rename_fusion({"feature_fusion_config": self.feature_fusion_config, **kwargs})
+        self.feature_fusion_config = kwargs.pop("feature_fusion_config")
         super().__post_init__(**kwargs)
         text_config = self.text_config
         if text_config.get_text_config() is not text_config:
@@ -241,8 +245,8 @@ class AureaConfig(PreTrainedConfig):
             self.cross_attention_num_heads = _optional(text_config, "num_attention_heads")
         if not isinstance(self.cross_attention_num_heads, int):
             raise ValueError(
-                f"`text_config` is of type '{text_config.model_type}' and says nothing of attention heads that are the "
-                "same in all layers: give `cross_attention_num_heads`."
+                f"`text_config` is of type '{text_config.model_type}' and says nothing of attention heads that are "
+                "the same in all layers: give `cross_attention_num_heads`."
             )
         heads = self.cross_attention_num_heads
         if self.cross_attention_num_key_value_heads is None:
@@ -264,14 +268,17 @@ class AureaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Of another model's dictionary transformers would make an Aurea of the published size, with a warning."""
+        """Of another model's dictionary transformers would make an Aurea of the published size, with a warning.
+
+        A dictionary of version 0.1, with `fusion_config`, is read as if it said `feature_fusion_config`.
+        """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
                 f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of "
                 "it, see `AureaForConditionalGeneration.from_pretrained_parts`."
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
 
     @property
     def feature_sizes(self) -> tuple[int, int]:
@@ -370,15 +377,15 @@ class AureaConfig(PreTrainedConfig):
         grid_0, grid_1 = self.grid_sizes
         if grid_0 != grid_1:
             raise ValueError(
-                f"The fusion '{self.fusion_config.fusion_type}' needs one grid, but the semantic encoder gives "
-                f"{grid_0} patches and the spatial encoder {grid_1}. Choose `vision_image_size` and "
+                f"The fusion '{self.feature_fusion_config.fusion_type}' needs one grid, but the semantic encoder "
+                f"gives {grid_0} patches and the spatial encoder {grid_1}. Choose `vision_image_size` and "
                 "`spatial_vision_image_size` so that they agree."
             )
-        uses_radius = self.fusion_config.fusion_type == "spatial_range" or self.feature_consistency_coef
-        if uses_radius and min(grid_1) <= self.fusion_config.radius:
+        uses_radius = self.feature_fusion_config.fusion_type == "spatial_range" or self.feature_consistency_coef
+        if uses_radius and min(grid_1) <= self.feature_fusion_config.radius:
             raise ValueError(
-                f"The grid of {grid_1} patches must be larger than `fusion_config.radius` "
-                f"({self.fusion_config.radius}) on both sides. Use larger pictures or a smaller radius."
+                f"The grid of {grid_1} patches must be larger than `feature_fusion_config.radius` "
+                f"({self.feature_fusion_config.radius}) on both sides. Use larger pictures or a smaller radius."
             )
 
     def _validate_cross_attention_layers(self):
@@ -403,6 +410,26 @@ class AureaConfig(PreTrainedConfig):
         for name in ("alpha", "beta", "gamma"):
             if not kernel[name] > 0:
                 raise ValueError(f"`feature_consistency_kernel.{name}` must be positive, got {kernel[name]}.")
+
+
+def _rename_fusion(settings: dict, quietly: bool = False) -> dict:
+    """Settings that may call the fusion `fusion_config`, as version 0.1 did, under the name it has now.
+
+    transformers has a `fusion_config` of its own, which `from_pretrained` keeps in the configuration: kinds of modules
+    to fuse, each with a `bool` or a `dict`. Such a one stays what it is.
+    """
+    fusion = settings.get("fusion_config")
+    is_of_transformers = isinstance(fusion, dict) and all(isinstance(value, (bool, dict)) for value in fusion.values())
+    if "fusion_config" not in settings or is_of_transformers:
+        return settings
+    if settings.get("feature_fusion_config") is not None:
+        raise ValueError("`fusion_config` is the former name of `feature_fusion_config`: give one of the two.")
+    if not quietly:
+        message = "`fusion_config` is deprecated and will be removed: the argument is `feature_fusion_config` now."
+        warnings.warn(message, FutureWarning, stacklevel=2)
+    settings = {**settings, "feature_fusion_config": fusion}
+    del settings["fusion_config"]
+    return settings
 
 
 def _optional(config: PreTrainedConfig, name: str):

@@ -154,7 +154,7 @@ def _published_names(
     for key, ours in FUSION_KEYS.items():
         yield AUREA_FILE, f"aurea_phi.lm.sr_block.{key}", f"model.fusion.{ours}", False
     for stack, ours in (("sr_attn1_layers", "semantic_layers"), ("sr_attn2_layers", "joint_layers")):
-        for i in range(2 * config.fusion_config.depth):
+        for i in range(2 * config.feature_fusion_config.depth):
             source, target = f"aurea_phi.lm.sr_block.{stack}.{i // 2}.{i % 2}", f"model.fusion.{ours}.{i}"
             for file, name, targets, _ in module(AUREA_FILE, source, target, FUSION_LAYER_KEYS):
                 yield file, name, targets, len(shapes[targets[0]]) == 2
@@ -330,7 +330,7 @@ def config_from_sizes(sizes: dict, image_token_id: int) -> AureaConfig:
                 **{key: value for key, value in siglip.items() if key != "num_patches"},
             },
             spatial_vision_config={"model_type": "dinov2_with_registers", "use_swiglu_ffn": True, **dino},
-            fusion_config={"radius": fusion["radius"], "depth": fusion["depth"]},
+            feature_fusion_config={"radius": fusion["radius"], "depth": fusion["depth"]},
             vision_image_size=image_size,
             spatial_vision_image_size=image_size,
             cross_attention_norm_eps=text["rms_norm_eps"],

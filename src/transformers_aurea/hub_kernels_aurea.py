@@ -439,7 +439,7 @@ class HubKernelsMixin:
         mode = mode or (Mode.TRAINING if self.training else Mode.INFERENCE)
         for layer in _layers_of(self):
             try:
-                _put_in_place(layer, self.device, self.config.fusion_config.radius, mode)
+                _put_in_place(layer, self.device, self.config.feature_fusion_config.radius, mode)
             except Exception as error:  # of a repository that the user registered, or of a `kernels` that differs
                 _put_back(layer)
                 layer.why_pytorch = _describe(error)

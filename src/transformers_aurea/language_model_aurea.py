@@ -38,7 +38,7 @@ def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     if len(models) != 1:
         raise UnfitLanguageModelError(
             causal_lm.config,
-            f"whose {type(causal_lm).__name__} has {len(models)} models inside, where one is looked for, its decoder",
+            f"whose {type(causal_lm).__name__} has {len(models)} models inside, where one is looked for: its decoder",
         )
     return models[0]
 
@@ -64,7 +64,7 @@ class _Reached(Exception):
 
 
 class DecoderStandIn:
-    """In the place of a decoder that has run: called, it gives the output handed to it; otherwise it is the decoder."""
+    """In the place of a decoder that has run: called, it gives the output handed to it; else it is the decoder."""
 
     def __init__(self, decoder: PreTrainedModel):
         self._stands_for = decoder
@@ -73,7 +73,7 @@ class DecoderStandIn:
         if decoder_output is None:
             raise UnfitLanguageModelError(
                 self._stands_for.config,
-                "whose head does not hand keyword arguments on to its decoder: the decoder's output could not reach it",
+                "whose head does not hand keyword arguments on to its decoder, whose output could not reach it",
             )
         if isinstance(decoder_output, _Reached):
             raise decoder_output
@@ -107,7 +107,7 @@ class ModulelessCausalLMMixin:
 
 
 def name_in_owner(name: str, prefix: str, decoder: str) -> str:
-    """What a weight of a `...ForCausalLM`, whose decoder is called `prefix`, is called where it is called `decoder`."""
+    """The name of a weight of a `...ForCausalLM`, whose decoder is `prefix`, where the decoder is called `decoder`."""
     return f"{decoder}{name.removeprefix(prefix)}" if name.startswith(f"{prefix}.") else name
 
 

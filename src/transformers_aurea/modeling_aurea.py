@@ -11,8 +11,8 @@
 
 What is special: the language model is any decoder of transformers. Its layers get a subclass of their own class that
 runs a cross-attention block first (see `cross_attention_aurea`). The blocks' keys and values live once, un-repeated,
-inside the cache, whatever cache that is. Without a picture the blocks are not run at all: text alone gives the language
-model's own logits, bit for bit, for what it does besides its decoder is done by its own code (see
+inside the cache, whatever cache that is. Without a picture the blocks are not run at all: text alone gives the
+language model's own logits, bit for bit, for what it does besides its decoder is done by its own code (see
 `language_model_aurea`).
 """
 
@@ -331,7 +331,7 @@ class AureaModel(AureaPreTrainedModel):
     @names_untested_version
     def __init__(self, config: AureaConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
-        fusion = config.fusion_config
+        fusion = config.feature_fusion_config
         semantic_size, spatial_size = config.feature_sizes
         self.vision_model = _make_encoder(config.vision_config)
         self.spatial_vision_model = _make_encoder(config.spatial_vision_config)
@@ -432,7 +432,7 @@ class AureaModel(AureaPreTrainedModel):
             return tokens, None
         losses = {}
         if consistency:
-            settings = {"radius": self.config.fusion_config.radius, **self.config.feature_consistency_kernel}
+            settings = {"radius": self.config.feature_fusion_config.radius, **self.config.feature_consistency_kernel}
             # The guidance says what belongs together; an encoder that trains is not to learn to say what pays.
             losses["feature_consistency"] = sum(
                 feature_consistency_loss(guidance.detach(), fused_map, **settings, reduction="none")
@@ -751,8 +751,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             dtype (`torch.dtype` or `str`, *optional*):
                 Of everything but the encoders, which are in float32. By default that of the language model.
             config_overrides:
-                Arguments of [`AureaConfig`], such as `fusion_config` and `cross_attention_layers`; others are refused.
-                With `image_token_id` no tokenizer is needed.
+                Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
+                refused. With `image_token_id` no tokenizer is needed.
 
         Raises:
             OSError: a part cannot be found.

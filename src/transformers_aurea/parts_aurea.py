@@ -77,9 +77,10 @@ def check_overrides(config_overrides: dict) -> None:
     own = {"vision_config", "spatial_vision_config", "text_config"}
     if given := sorted(own & config_overrides.keys()):
         raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
-    _check_names(config_overrides, AureaConfig, own)
-    if isinstance(fusion := config_overrides.get("fusion_config"), dict):
-        _check_names(fusion, AureaFusionConfig)
+    _check_names((name for name in config_overrides if name != "fusion_config"), AureaConfig, own)
+    for name in ("feature_fusion_config", "fusion_config"):  # the latter until version 0.1
+        if isinstance(fusion := config_overrides.get(name), dict):
+            _check_names(fusion, AureaFusionConfig)
 
 
 def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], excluded: Iterable[str] = ()):

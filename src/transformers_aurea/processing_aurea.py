@@ -211,7 +211,8 @@ class AureaProcessor(ProcessorMixin):
         tokenizer = load_tokenizer(text, tokenizer)
         if image_processor is None:
             # The sizes are the same for any fusion, and this one has nothing to refuse.
-            sizes = config or parts_config(vision, spatial_vision, text, fusion_config={"fusion_type": "concat"})
+            fusion = {"fusion_type": "concat"}
+            sizes = config or parts_config(vision, spatial_vision, text, feature_fusion_config=fusion)
             views = zip((vision, spatial_vision), sizes.view_sizes, ("", "spatial_"))
             settings = [view_settings(*view) for view in views]
             image_processor = AureaImageProcessor(**settings[0], **settings[1])
