@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
 from transformers_aurea.configuration_aurea import UnfitLanguageModelError
 from transformers_aurea.language_model_aurea import decoder_of, name_in_owner
+from transformers_aurea.versions_aurea import CACHE_NAME
 
 
 PLACEHOLDER = 95  # not among the tokens of TEXT
@@ -94,8 +95,13 @@ def modes_of_the_bare_model(bare: PreTrainedModel, inputs: dict) -> dict[str, to
 
 
 def caches_exactly(bare: PreTrainedModel) -> bool:
-    """Whether a longer generation is the same in all the modes that the bare model has."""
+    """Whether the bare model computes the same with its cache as without, and generates the same in all its modes."""
     text = {"input_ids": torch.arange(3, 12)[None], "attention_mask": torch.ones(1, 9, dtype=torch.long)}
+    cache = bare(text["input_ids"][:, :-1], use_cache=True).get(CACHE_NAME)
+    if cache is not None:
+        step = bare(text["input_ids"][:, -1:], **{CACHE_NAME: cache}).logits[:, -1]
+        if not torch.allclose(step, bare(text["input_ids"]).logits[:, -1], atol=1e-3):
+            return False
     tokens = [generate(bare, text, max_new_tokens=24, **MODES[mode]) for mode in modes_of_the_bare_model(bare, text)]
     return all(torch.equal(tokens[0], other) for other in tokens if len(other) == 1)
 

@@ -22,6 +22,7 @@ from transformers_aurea.data_aurea import (
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
 from transformers_aurea.processing_aurea import CHAT_TEMPLATE, AureaProcessor
 from transformers_aurea.tokenization_aurea import build_tokenizer
+from transformers_aurea.versions_aurea import CACHE_NAME
 
 
 SIDE = {"height": 28, "width": 28}
@@ -649,4 +650,4 @@ def test_trainer_uses_no_cache_which_would_let_independent_turns_see_each_other(
     model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
     collator = AureaDataCollator(golden_processor, independent_turns=True)
     Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), collator)
-    assert model(**collator([QUIZ])).past_key_values is None
+    assert model(**collator([QUIZ])).get(CACHE_NAME) is None

@@ -16,6 +16,7 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
+from transformers_aurea.versions_aurea import CACHE_NAME
 
 
 TOLERANCE = 1e-4  # of the recorded tensors, in fp32
@@ -354,7 +355,7 @@ class TestCache:
                 num_images=torch.tensor([1, 2, 0]),
                 use_cache=True,
             )
-            second = model(input_ids=input_ids[:, cut:], past_key_values=first.past_key_values)
+            second = model(input_ids=input_ids[:, cut:], past_key_values=first[CACHE_NAME])
         torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, atol=1e-5, rtol=0)
 
     def test_a_users_own_cache_keeps_the_image(self):
@@ -373,7 +374,7 @@ class TestCache:
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
         with torch.no_grad():
-            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True).past_key_values
+            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True)[CACHE_NAME]
             before = [layer.keys for layer in cache.visual.layers]
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         assert len(before) == len(model.config.cross_attention_positions)
@@ -386,7 +387,7 @@ class TestCache:
         row = input_ids[1:2]
         with torch.no_grad():
             whole = model(input_ids=row, pixel_values=pixels[1:]).logits
-            cache = model(input_ids=row[:, :4], pixel_values=pixels[1:2], use_cache=True).past_key_values
+            cache = model(input_ids=row[:, :4], pixel_values=pixels[1:2], use_cache=True)[CACHE_NAME]
             rest = model(input_ids=row[:, 4:], pixel_values=pixels[1:], past_key_values=cache).logits
         torch.testing.assert_close(rest, whole[:, 4:], atol=1e-5, rtol=0)
 
@@ -398,7 +399,7 @@ class TestCache:
         row, own = input_ids[1:2], pixels[1:]
         with torch.no_grad():
             whole = model(input_ids=row, pixel_values=own).logits
-            cache = model(input_ids=row, pixel_values=own, use_cache=True).past_key_values
+            cache = model(input_ids=row, pixel_values=own, use_cache=True)[CACHE_NAME]
             for token in ([[5]], [[IMAGE_TOKEN_ID]], [[7]]):  # also a placeholder that was generated
                 model(input_ids=torch.tensor(token), past_key_values=cache)
             cache.crop(kept - cache.get_seq_length())
@@ -410,7 +411,7 @@ class TestCache:
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
         with torch.no_grad():
-            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True).past_key_values
+            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True)[CACHE_NAME]
             cache.reset()
             text = torch.arange(3, 9)[None]
             again = model(input_ids=text, past_key_values=cache).logits
@@ -420,7 +421,7 @@ class TestCache:
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
         with torch.no_grad():
-            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True).past_key_values
+            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True)[CACHE_NAME]
             copies = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
             step = torch.tensor([[5], [6], [7]])
             expected = model(input_ids=step, past_key_values=cache).logits
@@ -510,7 +511,7 @@ class TestGenerate:
         sees = []
 
         def look(_, args, kwargs):
-            is_cached = getattr(kwargs.get("past_key_values"), "has_visual_states", False)
+            is_cached = getattr(kwargs.get(CACHE_NAME), "has_visual_states", False)
             sees.append(is_cached or kwargs.get("cross_attention_states") is not None)
 
         assistant.register_forward_pre_hook(look, with_kwargs=True)
@@ -581,11 +582,11 @@ class TestGenerate:
         input_ids, pixels = batch_of_three(model.config)
         row, own = (input_ids[:1], pixels[:1]) if num_images == 1 else (input_ids[1:2], pixels[1:])
         cache = DynamicCache(config=model.config.text_config)
-        first = greedy(model, input_ids=row, pixel_values=own, past_key_values=cache)
+        first = greedy(model, input_ids=row, pixel_values=own, **{CACHE_NAME: cache})
         conversation = torch.cat([first, torch.tensor([[7, 8, 9]])], dim=1)
         expected = greedy(model, input_ids=conversation, pixel_values=own)
         again = {"pixel_values": own} if with_pixels else {}
-        assert torch.equal(greedy(model, input_ids=conversation, past_key_values=cache, **again), expected)
+        assert torch.equal(greedy(model, input_ids=conversation, **{CACHE_NAME: cache}, **again), expected)
 
     def test_a_second_turn_with_a_further_picture(self):
         model = tiny_model()
@@ -594,16 +595,16 @@ class TestGenerate:
             row = input_ids[:1] if first_picture else input_ids[2:]
             own = pixels[:1] if first_picture else pixels[:0]
             cache = DynamicCache(config=model.config.text_config)
-            first = greedy(model, input_ids=row, pixel_values=own, past_key_values=cache)
+            first = greedy(model, input_ids=row, pixel_values=own, **{CACHE_NAME: cache})
             conversation = torch.cat([first, torch.tensor([[7, IMAGE_TOKEN_ID, 9]])], dim=1)
             everything = torch.cat([own, pixels[2:]])
             expected = greedy(model, input_ids=conversation, pixel_values=everything)
             tail, mask = conversation[:, cache.get_seq_length() :], torch.ones_like(conversation)
             part = copy.deepcopy(cache)
-            tokens = greedy(model, input_ids=conversation, pixel_values=everything, past_key_values=cache)
+            tokens = greedy(model, input_ids=conversation, pixel_values=everything, **{CACHE_NAME: cache})
             assert torch.equal(tokens, expected)
             if first_picture:  # the new part alone, under the mask of the whole
-                settings = {"attention_mask": mask, "pixel_values": everything, "past_key_values": part}
+                settings = {"attention_mask": mask, "pixel_values": everything, CACHE_NAME: part}
                 tokens = greedy(model, input_ids=tail, **settings)
                 assert torch.equal(tokens[:, tail.shape[1] :], expected[:, mask.shape[1] :])
 

@@ -401,7 +401,7 @@ def test_an_image_classifier_without_its_pooling_layer_gives_its_encoder(tmp_pat
 
 def test_a_language_model_that_would_drop_the_picture_is_refused():
     text = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match=r"bloom.*BloomModel does not hand keyword arguments on"):
+    with pytest.raises(ValueError, match="bloom.*does not hand keyword arguments on"):
         from_modules(text=text, image_token_id=7)
 
 

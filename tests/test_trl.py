@@ -13,6 +13,7 @@ from conftest import FIXTURES
 
 from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset
+from transformers_aurea.versions_aurea import CACHE_NAME
 
 
 trl = pytest.importorskip("trl")
@@ -91,7 +92,7 @@ class ForwardCalls(list):
         self.image_token_id = model.config.image_token_id
 
     def record(self, module, args, kwargs):
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(CACHE_NAME) is None:
             placeholders = (kwargs["input_ids"] == self.image_token_id).sum(1).tolist()
             pixels = kwargs.get("pixel_values")
             self.append((placeholders, 0 if pixels is None else len(pixels)))

@@ -20,6 +20,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ModelOutput
@@ -43,20 +44,20 @@ def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     return models[0]
 
 
-def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
-    """The language model of `config.text_config`, with its head.
-
-    Raises:
-        UnfitLanguageModelError: it is none of transformers' decoder language models.
-    """
-    text_config = config.text_config
+def check_is_decoder(text_config: PreTrainedConfig) -> None:
+    """Raises UnfitLanguageModelError unless it is the configuration of one of transformers' decoder language models."""
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
     if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
         raise UnfitLanguageModelError(
             text_config, "which is not a decoder language model: it reads both ways, unless its `is_decoder` is set"
         )
-    return AutoModelForCausalLM.from_config(text_config)
+
+
+def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
+    """The language model of `config.text_config`, with its head; raises what `check_is_decoder` does."""
+    check_is_decoder(config.text_config)
+    return AutoModelForCausalLM.from_config(config.text_config)
 
 
 class _Reached(Exception):

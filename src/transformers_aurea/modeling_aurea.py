@@ -879,7 +879,9 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
 
-    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.LongTensor | None:
+        if "position_ids" not in signature(self.causal_lm.forward).parameters:
+            return None  # `generate` leaves them to such a language model
         return self.causal_lm._prepare_position_ids_for_generation(*args, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:

@@ -34,7 +34,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
-from .language_model_aurea import decoder_of, name_in_owner
+from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
 
 
 logger = logging.get_logger(__name__)
@@ -60,6 +60,7 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
             f"`text` is of type '{text_config.model_type}', a language model with more around it. Load its language "
             "model alone (a `...ForCausalLM`), and give that and a `tokenizer`."
         )
+    check_is_decoder(text_config)
     return AureaConfig(
         vision_config=_vision_config(vision, "vision"),
         spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
