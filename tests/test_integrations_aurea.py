@@ -24,12 +24,14 @@ CODE_FILES = {
     "fusion_aurea.py",
     "hub_kernels_aurea.py",
     "image_processing_aurea.py",
+    "language_model_aurea.py",
     "losses_aurea.py",
     "modeling_aurea.py",
     "name_tables_aurea.py",
     "parts_aurea.py",
     "processing_aurea.py",
     "spatial_range_attention_aurea.py",
+    "versions_aurea.py",
 }
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}

@@ -1,6 +1,9 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Any decoder as language model and any encoder in either place, in tiny sizes."""
 
+import copy
+import itertools
+import pickle
 import subprocess
 import sys
 from functools import cache
@@ -8,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
+from causal_families import randomise, tiny_text_config
+from conftest import IMAGE_TOKEN_ID, TINY_VISION, random_pixels, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Phi3Model, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import transformers_aurea
-from transformers_aurea import AureaForConditionalGeneration
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration
 from transformers_aurea.configuration_aurea import UnfitLanguageModelError
 from transformers_aurea.language_model_aurea import carries_cross_attention
+from transformers_aurea.versions_aurea import CACHE_NAME
 
 
 # What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys, not the picture's.
@@ -116,7 +122,7 @@ def ragged_batch(config):
 def generate(model, **kwargs):
     settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
     # A random model may well write a placeholder, to which no picture would belong.
-    return model.generate(**settings, suppress_tokens=[IMAGE_TOKEN_ID], **kwargs)
+    return model.generate(**{**settings, **kwargs}, suppress_tokens=[IMAGE_TOKEN_ID])
 
 
 class TestLanguageModels:
@@ -241,6 +247,165 @@ class TestLanguageModels:
     def test_encoders_are_refused_as_language_model(self):
         with pytest.raises(ValueError, match="'siglip_vision_model', which is not a decoder language model"):
             AureaForConditionalGeneration(tiny_config({"model_type": "siglip_vision_model"}))
+
+
+# Rotary frequencies that change with the sixteenth token: what was cached before is read anew.
+LONG_ROPE = {
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 8.0, 16.0, 32.0],
+        "original_max_position_embeddings": 16,
+        "factor": 4.0,
+    },
+}
+
+
+class TestLongRope:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return tiny_model(LONG_ROPE)
+
+    def test_the_frequencies_change(self, model):
+        _, bare = with_bare_weights({"model_type": "phi3", **LONG_ROPE})
+        text = torch.arange(3, 20)[None]
+        with torch.no_grad():
+            assert not torch.allclose(bare(text).logits[:, :16], bare(text[:, :16]).logits, atol=1e-3)
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize("pictures", [0, 1, 2])
+    @pytest.mark.parametrize("mode", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+    def test_generation_past_the_change_is_that_without_cache(self, model, mode, pictures, seed):
+        input_ids = torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(seed))
+        input_ids[0, 2 : 2 + 3 * pictures : 3] = IMAGE_TOKEN_ID
+        inputs = {"input_ids": input_ids, "pixel_values": random_pixels(pictures, model.config, seed)}
+        expected = generate(model, **inputs, max_new_tokens=20, use_cache=False)
+        assert torch.equal(generate(model, **inputs, max_new_tokens=20, **mode), expected)
+
+    @pytest.mark.parametrize("new_tokens", [2, 12], ids=["before the change", "after it"])
+    def test_a_kept_cache_keeps_the_picture_past_the_change(self, model, new_tokens):
+        input_ids = torch.tensor([[5, 6, IMAGE_TOKEN_ID, 7, 8, 9, 10, 11]])
+        pixel_values = random_pixels(1, model.config)
+        cache = DynamicCache(config=model.config.text_config)
+        kept = {CACHE_NAME: cache}
+        first = generate(model, input_ids=input_ids, pixel_values=pixel_values, max_new_tokens=new_tokens, **kept)
+        assert cache.get_seq_length() == first.shape[1] - 1
+        conversation = torch.cat([first, torch.tensor([[12, 13, 14]])], dim=1)
+        expected = generate(
+            model, input_ids=conversation, pixel_values=pixel_values, max_new_tokens=10, use_cache=False
+        )
+        assert torch.equal(generate(model, input_ids=conversation, max_new_tokens=10, **kept), expected)
+        blind = generate(model, input_ids=conversation, max_new_tokens=10)
+        assert not torch.equal(blind, expected)
+
+
+class TestChunkedPrefill:
+    @pytest.mark.parametrize("family", ["phi3", "llama", "gemma2"])
+    def test_a_prompt_with_pictures_is_read_in_chunks(self, family):
+        model = family_model(family)
+        row = {name: tensor[1:] for name, tensor in ragged_batch(model.config).items()}  # with two pictures
+        expected = generate(model, **row)
+        assert torch.equal(generate(model, **row, prefill_chunk_size=4), expected)
+        blind = {**row, "pixel_values": row["pixel_values"] * 0}
+        assert not torch.equal(generate(model, **blind, prefill_chunk_size=4, max_new_tokens=12), expected)
+
+
+class TestCacheNames:
+    def test_both_names_are_taken_everywhere(self):
+        model = tiny_model()
+        inputs = ragged_batch(model.config)
+        for part in (model, model.model):
+            results = []
+            for name in ("cache", "past_key_values"):
+                cache = DynamicCache(config=model.config.text_config)
+                with torch.no_grad():
+                    first = part(**inputs, **{name: cache})
+                    assert first[CACHE_NAME] is cache and cache.get_seq_length() == 10
+                    results.append(part(input_ids=inputs["input_ids"][:, -1:], **{name: cache})[0])
+            assert torch.equal(*results)
+        prepared = model.prepare_inputs_for_generation(inputs["input_ids"], past_key_values=cache)
+        assert prepared[CACHE_NAME] is cache
+
+    def test_two_caches_are_refused(self):
+        model = tiny_model()
+        caches = {name: DynamicCache(config=model.config.text_config) for name in ("cache", "past_key_values")}
+        with pytest.raises(ValueError, match="`cache` and `past_key_values` are two names of one argument"):
+            model(input_ids=torch.tensor([[3]]), **caches)
+
+    def test_outputs_have_the_name_of_the_installed_transformers(self):
+        fields = AutoModelForCausalLM.from_config(tiny_config().text_config)(
+            torch.tensor([[3]]), use_cache=True
+        ).keys()
+        output = tiny_model()(torch.tensor([[3]]), use_cache=True)
+        assert CACHE_NAME in fields and CACHE_NAME in output
+        assert isinstance(output, CausalLMOutputWithPast)
+
+
+class TestWholeness:
+    def test_the_loss_is_the_language_models_own_with_that_of_its_routers(self):
+        settings = {"model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+        model, bare = with_bare_weights({**settings, "router_aux_loss_coef": 0.5})
+        text = left_padded_text()
+        labels = text["input_ids"].masked_fill(text["attention_mask"] == 0, -100)
+        with torch.no_grad():
+            ours, theirs = model(**text, labels=labels), bare(**text, labels=labels)
+        assert theirs.aux_loss > 0
+        torch.testing.assert_close(ours.loss, theirs.loss)
+        torch.testing.assert_close(ours.aux_loss, theirs.aux_loss)
+
+    def test_a_loss_function_of_the_users_is_used(self):
+        model = tiny_model()
+        model.loss_function = lambda logits, labels, **kwargs: logits.sum() * 0 + 7
+        assert model(input_ids=torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]])).loss == 7
+
+    @pytest.mark.parametrize(
+        ("family", "tied"),
+        # An untied BERT does not survive this on its own: resized, its two biases are one tensor, saved once.
+        [("bert", True), *itertools.product(["modernbert-decoder", "llama"], [True, False])],
+    )
+    def test_heads_of_any_shape_are_tied_resized_saved_and_loaded(self, family, tied, tmp_path):
+        text_config = tiny_text_config(family)
+        text_config.tie_word_embeddings = tied
+        config = AureaConfig(
+            text_config=text_config, **TINY_VISION, image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=tied
+        )
+        model = randomise(AureaForConditionalGeneration(config)).eval()
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+        model.resize_token_embeddings(120)
+        inputs = ragged_batch(config)
+        with torch.no_grad():
+            expected = model(**inputs, labels=inputs["input_ids"])
+        assert expected.logits.shape[-1] == 120
+        model.save_pretrained(tmp_path)
+        loaded, report = AureaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        with torch.no_grad():
+            again = loaded.eval()(**inputs, labels=inputs["input_ids"])
+        assert torch.equal(again.logits, expected.logits) and torch.equal(again.loss, expected.loss)
+
+    def test_a_copied_and_a_pickled_model_use_their_own_head(self):
+        model = tiny_model({"model_type": "llama"})
+        text = torch.tensor([[3, 4, 5]])
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with torch.no_grad():
+                expected = model(text).logits
+                assert torch.equal(other(text).logits, expected)
+                other.lm_head.weight.zero_()
+                assert not other(text).logits.any() and torch.equal(model(text).logits, expected)
+
+    def test_a_replica_of_data_parallel_uses_its_own_head(self):
+        model = tiny_model()
+        replica = model._replicate_for_data_parallel()
+        replica.lm_head = torch.nn.Linear(32, 5)
+        assert replica(torch.tensor([[3]])).logits.shape[-1] == 5
+        assert model(torch.tensor([[3]])).logits.shape[-1] == 99
+
+    def test_a_head_that_takes_no_decoder_output_is_refused(self):
+        with pytest.raises(UnfitLanguageModelError, match=r"'bloom'.*does not hand keyword arguments on"):
+            AureaForConditionalGeneration(tiny_config({"model_type": "bloom"}))
 
 
 # Tiny encoders that all give 4×4 patches, with the pixels of their view.

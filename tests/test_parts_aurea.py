@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path, parts_aurea
 from transformers_aurea.processing_aurea import CHAT_TEMPLATE
 from transformers_aurea.tokenization_aurea import build_tokenizer
 
@@ -401,8 +401,19 @@ def test_an_image_classifier_without_its_pooling_layer_gives_its_encoder(tmp_pat
 
 def test_a_language_model_that_would_drop_the_picture_is_refused():
     text = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="bloom.*does not hand keyword arguments on"):
+    with pytest.raises(ValueError, match=r"bloom.*does not hand keyword arguments on"):
         from_modules(text=text, image_token_id=7)
+
+
+def test_a_language_model_that_is_not_itself_inside_is_refused_with_the_difference(monkeypatch):
+    def loses_something(source, target):
+        target.norm.weight = torch.nn.Parameter(target.norm.weight * 3)
+
+    monkeypatch.setattr(parts_aurea, "_copy_buffers", loses_something)
+    with pytest.raises(
+        ValueError, match=r"'llama', which is not itself inside.*differ by \d[\d.e-]*, the largest being"
+    ):
+        from_modules(image_token_id=7)
 
 
 class TestTraining:

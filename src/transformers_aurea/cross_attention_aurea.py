@@ -204,8 +204,11 @@ class VisualStatesCacheMixin:
         return counts
 
     def reset(self):
-        super().reset()
+        self.forget_text()
         self.forget_visual_states()
+
+    def forget_text(self):
+        super().reset()
         self.image_counts = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor):

@@ -45,7 +45,7 @@ def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
 
 
 def check_is_decoder(text_config: PreTrainedConfig) -> None:
-    """Raises UnfitLanguageModelError unless it is the configuration of one of transformers' decoder language models."""
+    """Raises UnfitLanguageModelError unless it is the configuration of a decoder language model of transformers."""
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
     if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
@@ -139,15 +139,21 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
     owner._is_stateful = causal_lm._is_stateful
     owner._can_compile_fullgraph = causal_lm._can_compile_fullgraph
     owner.vocab_size = causal_lm.config.vocab_size
-    causal_lm.__dict__ |= {prefix: DecoderStandIn(own_decoder), "owner": owner}
+    causal_lm.__dict__[prefix] = DecoderStandIn(own_decoder)
     causal_lm.__class__ = woven_class(ModulelessCausalLMMixin, type(causal_lm))
-    owner.__dict__["causal_lm"] = causal_lm  # by assignment it would become a submodule
+    give_causal_lm(causal_lm, owner)
     try:  # as far as the place where its decoder stood
         causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), decoder_output=_Reached())
     except UnfitLanguageModelError:
         raise
     except Exception:  # it was reached, or the run failed for want of weights, which says nothing
         pass
+
+
+def give_causal_lm(causal_lm: PreTrainedModel, owner: PreTrainedModel) -> None:
+    """Makes them know each other. Not by assignment: they would become submodules."""
+    causal_lm.__dict__["owner"] = owner
+    owner.__dict__["causal_lm"] = causal_lm
 
 
 @contextmanager

@@ -62,6 +62,7 @@ from .hub_kernels_aurea import HubKernelsMixin
 from .language_model_aurea import (
     carries_cross_attention,
     decoder_of,
+    give_causal_lm,
     hand_over_head,
     make_causal_lm,
     watched_layers,
@@ -712,8 +713,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica.causal_lm = copy.copy(self.causal_lm)
-        replica.causal_lm.owner = replica
+        give_causal_lm(copy.copy(self.causal_lm), replica)
         return replica
 
     @classmethod
@@ -865,11 +865,11 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         model_inputs = self.causal_lm.prepare_inputs_for_generation(
             input_ids, **{CACHE_NAME: cache}, inputs_embeds=inputs_embeds, **kwargs
         )
-        if holds_visual_states(cache) and model_inputs.get(CACHE_NAME) is None:
-            # The language model reads its text anew (Phi-3, where its rotary frequencies change). What the blocks know
-            # of the pictures does not hang on the text.
-            model_inputs[CACHE_NAME] = DynamicCache(config=self.config.text_config)
-            move_visual_states(cache.visual, cache.num_images, None, model_inputs[CACHE_NAME])
+        if cache is not None and model_inputs.get(CACHE_NAME) is None:
+            # The language model reads all its text anew (Phi-3, where its rotary frequencies change): into the same
+            # cache, which may be the caller's, and which keeps the pictures.
+            cache.forget_text() if isinstance(cache, VisualStatesCacheMixin) else cache.reset()
+            model_inputs[CACHE_NAME] = cache
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
         is_cached = holds_visual_states(model_inputs.get(CACHE_NAME))

@@ -262,7 +262,8 @@ class AureaProcessor(ProcessorMixin):
         for name, value in (("videos", videos), ("audio", audio)):
             if value is not None:
                 raise ValueError(f"{type(self).__name__} takes text and images, but no {name}")
-        super().validate_inputs(images=images, text=text, **kwargs)
+        # One list of pictures: releases differ in what nesting they make out.
+        super().validate_inputs(images=None if images is None else _single_images(images), text=text, **kwargs)
 
     def _check_placeholders(self, text: list[str], images) -> None:
         """Compares pictures and placeholders: in all, and row by row where the nesting says whose a picture is."""
@@ -312,11 +313,16 @@ def _is_row(entry) -> bool:
     return isinstance(entry, (list, tuple)) or (not is_pil_image(entry) and entry.ndim == 4)
 
 
+def _single_images(images) -> list:
+    """The pictures themselves, whatever their nesting."""
+    if isinstance(images, (list, tuple)) or _is_row(images):
+        return [image for entry in images for image in _single_images(entry)]
+    return [images]
+
+
 def _count_images(images) -> list[int]:
     """The number of pictures in each entry of what was given, which the image processor has already read."""
-    if not isinstance(images, (list, tuple)):
-        return [len(images) if _is_row(images) else 1]
-    return [sum(_count_images(entry)) for entry in images]
+    return [len(_single_images(entry)) for entry in (images if isinstance(images, (list, tuple)) else [images])]
 
 
 __all__ = ["AureaProcessor", "AureaProcessorKwargs"]
