@@ -560,7 +560,7 @@ class AureaModel(AureaPreTrainedModel):
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
 
-        is_watched = visual_inputs and not (self._carries_pictures or torch.compiler.is_compiling())
+        is_watched = bool(visual_inputs) and not self._carries_pictures and not torch.compiler.is_compiling()
         with watched_layers(self.language_model) if is_watched else nullcontext():
             outputs = self.language_model(
                 input_ids=input_ids,
@@ -572,7 +572,8 @@ class AureaModel(AureaPreTrainedModel):
                 **visual_inputs,
                 **kwargs,
             )
-        self._carries_pictures = self._carries_pictures or bool(is_watched)
+        if is_watched:
+            self._carries_pictures = True
         kept = outputs.get(CACHE_NAME)
         if visual_inputs and kept is not None and kept is not cache:
             counts = image_tokens.long().cumsum(dim=1) if cache is None else cache.image_counts
