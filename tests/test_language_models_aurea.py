@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import transformers_aurea
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
 from transformers_aurea.configuration_aurea import UnfitLanguageModelError
-from transformers_aurea.language_model_aurea import carries_cross_attention
+from transformers_aurea.language_model_aurea import carries_cross_attention, decoder_of
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -75,6 +75,8 @@ FURTHER_LANGUAGE_MODELS = {
         "head_dim": 16,
     },
 }
+
+_TINY = {name: {"model_type": name, "hidden_size": 48} for name in ("bart", "bert")}  # as it is by default
 
 families = pytest.mark.parametrize("family", LANGUAGE_MODELS)
 
@@ -212,6 +214,38 @@ class TestLanguageModels:
             UnfitLanguageModelError, match=r"'phi3'.*Phi3Model does not call its layers \[1\] as modules"
         ):
             carries_cross_attention(decoder)
+
+    def test_a_layer_that_is_dropped_in_training_is_no_reason_to_refuse(self):
+        settings = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.9}
+        model = tiny_model(settings).train()
+        model.model._carries_pictures = False  # as where the probe could not run
+        inputs = ragged_batch(model.config)
+        for _ in range(3):
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert model.model.language_model.training
+
+    @pytest.mark.parametrize(
+        ("family", "reason"),
+        [
+            ("bart", "which is not a decoder language model"),
+            ("bert", "it reads both ways, unless its `is_decoder` is set"),
+            ("gemma3", "a language model with more around it"),
+            ("blt", "has no `hidden_size`"),
+            ("xlstm", "takes no `logits_to_keep`"),
+            ("longcat_flash", "has no list of"),
+            ("gemma3n_text", r"layers' hidden states have the shape \(4, 1, 2, 32\)"),
+        ],
+    )
+    def test_a_refusal_says_why(self, family, reason):
+        text_config = _TINY[family] if family in _TINY else tiny_text_config(family).to_dict()
+        settings = {**TINY_VISION, "cross_attention_num_heads": 4, "cross_attention_head_dim": 8}
+        with pytest.raises(UnfitLanguageModelError, match=f"`text_config` is of type '{family}', .*{reason}"):
+            AureaForConditionalGeneration(AureaConfig(text_config=text_config, **settings))
+
+    def test_a_decoder_that_does_not_tell_its_embeddings_is_refused(self):
+        bart = AutoModelForCausalLM.from_config(tiny_text_config("bart"))
+        with pytest.raises(UnfitLanguageModelError, match="BartDecoderWrapper does not tell its input embeddings"):
+            decoder_of(bart)
 
     def test_what_the_probe_cannot_run_is_looked_at_with_the_first_picture(self, monkeypatch):
         forward = Phi3Model.forward
@@ -386,8 +420,35 @@ class TestWholeness:
             again = loaded.eval()(**inputs, labels=inputs["input_ids"])
         assert torch.equal(again.logits, expected.logits) and torch.equal(again.loss, expected.loss)
 
+    @pytest.mark.parametrize("of_whole", [True, False])
+    @pytest.mark.parametrize("of_text", [True, False])
+    def test_the_whole_says_whether_embeddings_are_tied(self, of_text, of_whole, tmp_path):
+        text_config = {"model_type": "llama", "tie_word_embeddings": of_text}
+        model = tiny_model(text_config, tie_word_embeddings=of_whole)
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == of_whole
+        model.save_pretrained(tmp_path)
+        loaded, report = AureaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not report["missing_keys"]
+        text = torch.tensor([[3, 4, 5]])
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(text).logits, model(text).logits)
+
+    def test_the_head_reads_the_decoder_that_is_there(self):
+        model = tiny_model()
+        other = tiny_model(seed=1).model.language_model
+        model.model.language_model = other
+        assert model.causal_lm.model.norm is other.norm
+
+    def test_the_decoders_own_output_is_given_when_asked_for(self):
+        model = tiny_model({"model_type": "mixtral", "num_local_experts": 4}).model
+        text = torch.tensor([[3, 4, 5]])
+        assert "decoder_output" not in model(text)
+        output = model(text, output_router_logits=True, return_decoder_output=True).decoder_output
+        assert len(output.router_logits) == 3
+
     def test_a_copied_and_a_pickled_model_use_their_own_head(self):
-        model = tiny_model({"model_type": "llama"})
+        # Not one whose layers hold functions of the hub, which pickle refuses.
+        model = tiny_model({"model_type": "gpt2", "tie_word_embeddings": False})
         text = torch.tensor([[3, 4, 5]])
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             with torch.no_grad():

@@ -405,6 +405,16 @@ def test_a_language_model_that_would_drop_the_picture_is_refused():
         from_modules(text=text, image_token_id=7)
 
 
+def test_tied_embeddings_are_untied_if_so_asked(tmp_path):
+    text = language_model(tie_word_embeddings=True)
+    model = from_modules(text=text, image_token_id=7, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    loaded, report = AureaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert torch.equal(loaded.lm_head.weight, text.lm_head.weight)
+    assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
+
+
 def test_a_language_model_that_is_not_itself_inside_is_refused_with_the_difference(monkeypatch):
     def loses_something(source, target):
         target.norm.weight = torch.nn.Parameter(target.norm.weight * 3)

@@ -142,7 +142,7 @@ class AureaConfig(PreTrainedConfig):
         spatial_vision_config (`dict` or `PreTrainedConfig`, *optional*, defaults to DINOv2 giant with registers):
             The spatial encoder, which sees view 1.
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to Phi-4-mini):
-            The language model, a decoder whose `forward` hands keyword arguments on to its layers.
+            The language model, any decoder of transformers. Whether it can read pictures is seen when it is built.
         feature_fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
             How the two feature maps become one.
         vision_image_size (`int` or `list[int]`, *optional*, defaults to `vision_config.image_size`):
@@ -241,6 +241,7 @@ class AureaConfig(PreTrainedConfig):
             self.spatial_vision_config.vision_use_head = False
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        text_config.tie_word_embeddings = self.tie_word_embeddings  # the language model ties as the whole says
         if self.cross_attention_num_heads is None:
             self.cross_attention_num_heads = _optional(text_config, "num_attention_heads")
         if not isinstance(self.cross_attention_num_heads, int):

@@ -11,7 +11,9 @@ no family is known by name. Whether a decoder can carry cross-attention is told 
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
+from inspect import signature
 from itertools import chain
 
 import torch
@@ -24,16 +26,21 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, UnfitLanguageModelError
 from .cross_attention_aurea import decoder_layers, woven_class
+
+
+logger = logging.get_logger(__name__)
 
 
 def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     """Name and module of the decoder in a `...ForCausalLM`: its one child that is a model of its own.
 
     Raises:
-        UnfitLanguageModelError: there is none, or more than one.
+        UnfitLanguageModelError: there is none, or more than one; it has no input embeddings, or its head takes no
+            `logits_to_keep`.
     """
     models = [(name, child) for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)]
     if len(models) != 1:
@@ -41,7 +48,16 @@ def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
             causal_lm.config,
             f"whose {type(causal_lm).__name__} has {len(models)} models inside, where one is looked for: its decoder",
         )
-    return models[0]
+    name, decoder = models[0]
+    if "logits_to_keep" not in signature(causal_lm.forward).parameters:
+        raise UnfitLanguageModelError(causal_lm.config, f"whose {type(causal_lm).__name__} takes no `logits_to_keep`")
+    try:
+        decoder.get_input_embeddings()
+    except NotImplementedError:
+        raise UnfitLanguageModelError(
+            causal_lm.config, f"whose {type(decoder).__name__} does not tell its input embeddings"
+        ) from None
+    return name, decoder
 
 
 def check_is_decoder(text_config: PreTrainedConfig) -> None:
@@ -65,15 +81,21 @@ class _Reached(Exception):
 
 
 class DecoderStandIn:
-    """In the place of a decoder that has run: called, it gives the output handed to it; else it is the decoder."""
+    """In the place of a decoder that has run: called, it gives the output handed to it; else it is the decoder.
 
-    def __init__(self, decoder: PreTrainedModel):
-        self._stands_for = decoder
+    Args:
+        owner: the model whose decoder it stands for, whichever that is at the time.
+        path: names that lead from there to a model inside, past which a few heads reach (OPT's).
+    """
+
+    def __init__(self, owner: PreTrainedModel, path: tuple[str, ...] = ()):
+        self._owner = owner
+        self._path = path
 
     def __call__(self, *args, decoder_output: ModelOutput | None = None, **kwargs) -> ModelOutput:
         if decoder_output is None:
             raise UnfitLanguageModelError(
-                self._stands_for.config,
+                self._owner.get_decoder().config,
                 "whose head does not hand keyword arguments on to its decoder, whose output could not reach it",
             )
         if isinstance(decoder_output, _Reached):
@@ -81,9 +103,12 @@ class DecoderStandIn:
         return decoder_output
 
     def __getattr__(self, name: str):
-        value = getattr(self.__dict__.get("_stands_for"), name)
-        # A few heads reach past the decoder's wrapper (OPT's), to a model inside it.
-        return DecoderStandIn(value) if isinstance(value, PreTrainedModel) else value
+        if "_path" not in self.__dict__:  # while it is being copied
+            raise AttributeError(name)
+        value = self._owner.get_decoder()
+        for step in (*self._path, name):
+            value = getattr(value, step)
+        return DecoderStandIn(self._owner, (*self._path, name)) if isinstance(value, PreTrainedModel) else value
 
 
 class ModulelessCausalLMMixin:
@@ -94,6 +119,7 @@ class ModulelessCausalLMMixin:
     """
 
     owner: PreTrainedModel
+    decoder_name: str
 
     def __getattr__(self, name: str):
         return getattr(self.__dict__["owner"], name)
@@ -121,15 +147,15 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
     Raises:
         UnfitLanguageModelError: the decoder's output does not reach the head.
     """
-    prefix, own_decoder = decoder_of(causal_lm)
+    prefix, _ = decoder_of(causal_lm)
     del causal_lm._modules[prefix]
-    for own, theirs in (
-        (causal_lm._modules, owner.register_module),
-        (causal_lm._parameters, owner.register_parameter),
-        (causal_lm._buffers, owner.register_buffer),
-    ):
-        for name, value in own.items():
-            theirs(name, value)
+    for name, module in causal_lm._modules.items():
+        owner.register_module(name, module)
+    for name, parameter in causal_lm._parameters.items():
+        owner.register_parameter(name, parameter)
+    for name, buffer in causal_lm._buffers.items():
+        owner.register_buffer(name, buffer, persistent=name not in causal_lm._non_persistent_buffers_set)
+    for own in (causal_lm._modules, causal_lm._parameters, causal_lm._buffers):
         own.clear()
     tied = causal_lm._tied_weights_keys or {}
     owner._tied_weights_keys = {
@@ -139,20 +165,19 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
     owner._is_stateful = causal_lm._is_stateful
     owner._can_compile_fullgraph = causal_lm._can_compile_fullgraph
     owner.vocab_size = causal_lm.config.vocab_size
-    causal_lm.__dict__[prefix] = DecoderStandIn(own_decoder)
     causal_lm.__class__ = woven_class(ModulelessCausalLMMixin, type(causal_lm))
-    give_causal_lm(causal_lm, owner)
+    give_causal_lm(causal_lm, prefix, owner)
     try:  # as far as the place where its decoder stood
         causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), decoder_output=_Reached())
     except UnfitLanguageModelError:
         raise
-    except Exception:  # it was reached, or the run failed for want of weights, which says nothing
-        pass
+    except Exception as error:  # it was reached, or the run failed for want of weights, which says nothing
+        logger.debug(f"{type(error).__name__} on the way to a head's decoder: {error}")
 
 
-def give_causal_lm(causal_lm: PreTrainedModel, owner: PreTrainedModel) -> None:
+def give_causal_lm(causal_lm: PreTrainedModel, prefix: str, owner: PreTrainedModel) -> None:
     """Makes them know each other. Not by assignment: they would become submodules."""
-    causal_lm.__dict__["owner"] = owner
+    causal_lm.__dict__ |= {"owner": owner, "decoder_name": prefix, prefix: DecoderStandIn(owner)}
     owner.__dict__["causal_lm"] = causal_lm
 
 
@@ -188,6 +213,8 @@ def watched_layers(decoder: PreTrainedModel):
     finally:
         for handle in handles:
             handle.remove()
+    if decoder.training:
+        return  # in which a layer may be dropped
     if missed := [idx for idx, layer in enumerate(layers) if layer not in reached]:
         raise UnfitLanguageModelError(
             decoder.config, f"whose {type(decoder).__name__} does not call its layers {missed} as modules"
@@ -218,21 +245,30 @@ def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     makers = [lambda: _copy_on_meta(decoder)]
     if decoder.device.type != "meta":
         makers.append(lambda: decoder)
-    for make in makers:
-        try:
-            model = make()
-            settings = {"dtype": model.dtype, "device": model.device}
-            with watched_layers(model):
-                model(
-                    input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
-                    attention_mask=torch.zeros(1, 1, 2, 2, **settings),  # as it is added to the scores
-                    position_ids=torch.arange(2, device=model.device)[None],
-                    cross_attention_states=torch.zeros(1, 1, model.config.hidden_size, **settings),
-                    use_cache=False,
-                )
-            return True
-        except UnfitLanguageModelError:
-            raise
-        except Exception:  # a run that fails says nothing of the layers; the first picture will
-            continue
-    return False
+    was_training = decoder.training
+    decoder.eval()
+    try:
+        return any(_was_carried(make) for make in makers)
+    finally:
+        decoder.train(was_training)
+
+
+def _was_carried(make_decoder: Callable[[], PreTrainedModel]) -> bool:
+    """Whether a decoder was run with visual states, and they reached its layers; False if it could not be run."""
+    try:
+        model = make_decoder()
+        settings = {"dtype": model.dtype, "device": model.device}
+        with watched_layers(model):
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
+                attention_mask=torch.zeros(1, 1, 2, 2, **settings),  # as it is added to the scores
+                position_ids=torch.arange(2, device=model.device)[None],
+                cross_attention_states=torch.zeros(1, 1, model.config.hidden_size, **settings),
+                use_cache=False,
+            )
+        return True
+    except UnfitLanguageModelError:
+        raise
+    except Exception as error:  # a run that fails says nothing of the layers; the first picture will
+        logger.debug(f"{type(error).__name__} in the trial run of a language model: {error}")
+        return False

@@ -124,7 +124,7 @@ class AureaModelOutputWithPast(BaseModelOutputWithPast):
             The projected features of the pictures given in this call.
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*):
             See [`AureaImageFeaturesOutput`].
-        decoder_output (`ModelOutput`):
+        decoder_output (`ModelOutput`, *optional*, with `return_decoder_output=True`):
             The decoder's own output, with all that it has in it; the language model's head reads it.
     """
 
@@ -513,6 +513,7 @@ class AureaModel(AureaPreTrainedModel):
         num_images: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        return_decoder_output: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaModelOutputWithPast:
         r"""
@@ -587,7 +588,7 @@ class AureaModel(AureaPreTrainedModel):
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
             image_hidden_states=image_features,
             auxiliary_losses=auxiliary_losses,
-            decoder_output=outputs,
+            decoder_output=outputs if return_decoder_output else None,
         )
 
     def _unseen_picture(self, image_tokens: torch.Tensor):
@@ -714,7 +715,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        give_causal_lm(copy.copy(self.causal_lm), replica)
+        give_causal_lm(copy.copy(self.causal_lm), self.causal_lm.decoder_name, replica)
         return replica
 
     @classmethod
@@ -811,6 +812,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             cross_attention_states=cross_attention_states,
             num_images=num_images,
+            return_decoder_output=True,
             **kwargs,
         )
         if labels is not None:

@@ -248,7 +248,11 @@ def _language_model_weights(language_model: PreTrainedModel, has_head: bool) -> 
     weights = language_model.state_dict()
     if not has_head:
         return {f"model.language_model.{name}": tensor for name, tensor in weights.items()}
-    prefix = decoder_of(language_model)[0]
+    prefix, known = decoder_of(language_model)[0], set()
+    for name, tensor in weights.items():
+        if tensor.data_ptr() in known:  # tied there, and perhaps not here
+            weights[name] = tensor.clone()
+        known.add(tensor.data_ptr())
     return {name_in_owner(name, prefix, "model.language_model"): tensor for name, tensor in weights.items()}
 
 
