@@ -529,6 +529,8 @@ class AureaModel(AureaPreTrainedModel):
                 the pictures whose placeholder is at or before it. Without it every token sees every visual token.
             past_key_values or cache (`Cache`, *optional*):
                 One argument under its two names. The pictures' keys are kept in it as well.
+            return_decoder_output (`bool`, *optional*, defaults to `False`):
+                Whether to give back the decoder's own output too, as its head wants it.
         """
         cache = one_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
