@@ -165,7 +165,7 @@ def main():
     args = parser.parse_args()
     if args.compare:
         return compare(*args.compare)
-    measured = json.dumps(measure(args), indent=1)
+    measured = json.dumps(measure(args))
     args.output.write_text(measured) if args.output else print(measured)
 
 
