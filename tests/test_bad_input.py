@@ -126,7 +126,7 @@ BAD_INPUT = {
     "Falcon": (built(text_config={"model_type": "falcon"}), "'falcon'.*does not hand keyword arguments on"),
     "Bloom": (built(text_config={"model_type": "bloom"}), "'bloom'.*does not hand keyword arguments on"),
     "Mamba": (
-        built(text_config={"model_type": "mamba"}, cross_attention_num_heads=12),
+        built(text_config={"model_type": "mamba"}),
         "'mamba'.*does not hand keyword arguments on",
     ),
     "encoder-decoder": (parts(text_config={"model_type": "t5"}), "'t5'.*not a decoder"),

@@ -1,4 +1,5 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import copy
 import json
 
 import pytest
@@ -21,6 +22,16 @@ def test_defaults_are_the_published_sizes():
     assert (config.cross_attention_head_dim, config.cross_attention_intermediate_size) == (128, 8192)
     assert (config.feature_fusion_config.depth, config.feature_fusion_config.radius) == (4, 3)
     assert config.tie_word_embeddings
+
+
+def test_a_models_own_configuration_stays_as_it_is():
+    text_config = LlamaConfig(**TINY_TEXT, tie_word_embeddings=False)
+    text_config._attn_implementation = "sdpa"
+    before = copy.deepcopy(vars(text_config))
+    config = tiny_config(tie_word_embeddings=True)
+    config = AureaConfig(**{**config.to_dict(), "text_config": text_config, "tie_word_embeddings": True})
+    assert config.text_config.tie_word_embeddings and config.text_config.model_type == "llama"
+    assert vars(text_config) == before
 
 
 def test_default_rotary_frequencies_are_the_recorded_ones_at_every_length():

@@ -6,6 +6,7 @@ The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_confi
 (`text_config`). Any decoder LM and any vision encoder that transformers knows may take a part's place.
 """
 
+import copy
 import warnings
 from typing import Literal
 
@@ -154,7 +155,8 @@ class AureaConfig(PreTrainedConfig):
             The decoder layers before which a cross-attention block stands; the number of layers itself means a closing
             block after the last one. By default every second layer from 0 on, and the closing block (published rule).
         cross_attention_num_heads (`int`, *optional*, defaults to the text model's):
-            Attention heads of a cross-attention block.
+            Attention heads of a cross-attention block. Where the text model has none, or not the same in all layers,
+            one for each 64 channels.
         cross_attention_num_key_value_heads (`int`, *optional*, defaults to the text model's):
             Key/value heads of a cross-attention block.
         cross_attention_head_dim (`int`, *optional*, defaults to the text model's):
@@ -241,14 +243,12 @@ class AureaConfig(PreTrainedConfig):
             self.spatial_vision_config.vision_use_head = False
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
-        text_config.tie_word_embeddings = self.tie_word_embeddings  # the language model ties as the whole says
+        if self.tie_word_embeddings != getattr(text_config, "tie_word_embeddings", False):
+            text_config = self.text_config = copy.deepcopy(text_config)  # the caller's may be a model's
+            text_config.tie_word_embeddings = self.tie_word_embeddings  # the language model ties as the whole says
         if self.cross_attention_num_heads is None:
-            self.cross_attention_num_heads = _optional(text_config, "num_attention_heads")
-        if not isinstance(self.cross_attention_num_heads, int):
-            raise ValueError(
-                f"`text_config` is of type '{text_config.model_type}' and says nothing of attention heads that are "
-                "the same in all layers: give `cross_attention_num_heads`."
-            )
+            heads = _optional(text_config, "num_attention_heads")
+            self.cross_attention_num_heads = heads if isinstance(heads, int) else max(text_config.hidden_size // 64, 1)
         heads = self.cross_attention_num_heads
         if self.cross_attention_num_key_value_heads is None:
             self.cross_attention_num_key_value_heads = _optional(text_config, "num_key_value_heads") or heads
