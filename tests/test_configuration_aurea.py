@@ -26,7 +26,6 @@ def test_defaults_are_the_published_sizes():
 
 def test_a_models_own_configuration_stays_as_it_is():
     text_config = LlamaConfig(**TINY_TEXT, tie_word_embeddings=False)
-    text_config._attn_implementation = "sdpa"
     before = copy.deepcopy(vars(text_config))
     config = tiny_config(tie_word_embeddings=True)
     config = AureaConfig(**{**config.to_dict(), "text_config": text_config, "tie_word_embeddings": True})
