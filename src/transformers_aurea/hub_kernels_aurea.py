@@ -463,5 +463,5 @@ class HubKernelsMixin:
 if not WHY_NO_KERNELS:
     try:  # Neither what the user has registered already nor another copy of this file is replaced.
         _register(replace=False)
-    except Exception as error:  # of a `kernels` that differs
+    except (AttributeError, TypeError) as error:  # of a `kernels` that differs
         WHY_NO_KERNELS = f"`kernels` cannot be used: {_describe(error)}"
