@@ -263,8 +263,9 @@ def _was_carried(make_decoder: Callable[[], PreTrainedModel]) -> bool:
                 use_cache=False,
             )
         return True
-    except (
-        RuntimeError
-    ) as error:  # a run without data may fail, and says nothing of the layers; the first picture will
+    except UnfitLanguageModelError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        # For want of data, or of a mask of another shape. It says nothing of the layers; the first picture will.
         logger.debug(f"{type(error).__name__} in the trial run of a language model: {error}")
         return False
