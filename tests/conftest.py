@@ -46,9 +46,7 @@ def tiny_config(text_config: dict | None = None, **kwargs) -> AureaConfig:
     """Two encoders with a grid of 4×4, fused at radius 1, and a decoder of three layers."""
     return AureaConfig(
         text_config={"model_type": "phi3", **TINY_TEXT, **(text_config or {})},
-        **TINY_VISION,
-        image_token_id=IMAGE_TOKEN_ID,
-        **kwargs,
+        **{**TINY_VISION, "image_token_id": IMAGE_TOKEN_ID, **kwargs},
     )
 
 

@@ -39,6 +39,38 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+class TestLossesOfOthers:
+    """Who makes the loss of something else than `labels` would leave them untrained without a word."""
+
+    def test_from_logits_are_refused_in_training(self):
+        model = tiny_model(feature_consistency_coef=0.5)
+        inputs = rows(model.config)
+        del inputs["labels"]
+        with pytest.raises(ValueError, match="sets `feature_consistency_coef`, but these losses would not be trained"):
+            model.train()(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+        model.eval()(**inputs)
+
+    def test_from_the_base_model_are_refused_in_training(self):
+        model = tiny_model(**COEFFICIENTS)
+        inputs = rows(model.config)
+        del inputs["labels"]
+        names = "`feature_consistency_coef` and `feature_diversity_coef`"
+        for pixels in (inputs.pop("pixel_values"), None):  # text alone, too, in which they are of no picture
+            text = torch.full((1, 4), 7) if pixels is None else inputs["input_ids"]
+            with pytest.raises(ValueError, match=f"{names} of the model's configuration to 0"):
+                model.train().base_model(input_ids=text, pixel_values=pixels)
+
+    def test_label_smoothing_is_refused(self, tmp_path):
+        model = tiny_model(feature_diversity_coef=0.5)
+        arguments = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none", "max_steps": 1}
+        args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **arguments)
+        trainer = Trainer(model, args, train_dataset=[0], data_collator=lambda _: rows(model.config))
+        with pytest.raises(ValueError, match="`feature_diversity_coef`.*label smoothing"):
+            trainer.train()
+
+
 class TestValues:
     @pytest.mark.parametrize("fusion_type", ["spatial_range", "concat"])
     def test_they_are_those_of_the_fused_map_and_tokens(self, fusion_type):

@@ -249,6 +249,26 @@ class TestPeft:
                 if "lora_" not in name:
                     assert torch.equal(tensor, before[name.replace(".base_layer", "")]), name
 
+    @pytest.mark.parametrize("settings", ["trainable_tokens", "lora", "prompt"])
+    def test_embeddings_that_an_adapter_wraps_show_where_pictures_are(self, converted, golden_processor, settings):
+        peft = pytest.importorskip("peft")
+        row = example_rows(1)[0]
+        inputs = golden_processor(images=row["images"], text=row["text"], return_tensors="pt")
+        config = {
+            "trainable_tokens": peft.LoraConfig(target_modules=["o_proj"], trainable_token_indices=[64]),
+            "lora": peft.LoraConfig(target_modules=["embed_tokens"]),
+            "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        }[settings]
+        model = peft.get_peft_model(load(converted), config).eval()
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        with torch.no_grad():
+            told = model(inputs_embeds=embeddings, **inputs).logits
+            del inputs["mm_token_type_ids"]
+            found = model(inputs_embeds=embeddings, **inputs).logits
+            other = model(inputs_embeds=embeddings, **inputs | {"pixel_values": inputs.pixel_values + 1}).logits
+        assert torch.equal(found, told)
+        assert not torch.equal(found, other)
+
     def test_an_adapter_on_the_text_leaves_the_encoders_without_activations(self, converted, inputs):
         pytest.importorskip("peft")
         model = lora_model(load(converted), LANGUAGE_MODEL_TARGETS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import FIXTURES, IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -16,6 +17,7 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
+from transformers_aurea.cross_attention_aurea import holds_visual_states
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -338,6 +340,58 @@ class TestWhichImageATokenSees:
             assert torch.equal(model(input_ids=input_ids).logits, bare(input_ids=input_ids).logits)
 
 
+class TestPlaceholdersThatAreWords:
+    """A generated placeholder is a token like any other, and `mm_token_type_ids` tells it from a picture's."""
+
+    def texts(self):
+        input_ids = torch.tensor([[5, IMAGE_TOKEN_ID, 6, 7, IMAGE_TOKEN_ID, 8], [4, 5, 6, IMAGE_TOKEN_ID, 7, 8]])
+        types = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+        return input_ids, types
+
+    def test_they_are_scored_as_they_were_generated(self):
+        model = tiny_model()
+        input_ids, types = self.texts()
+        pixels = random_pixels(1, model.config)
+        with torch.no_grad():
+            cache, steps = None, []
+            for end in range(3, 7):
+                start = 0 if cache is None else end - 1
+                prompt = {"pixel_values": pixels, "mm_token_type_ids": types[:, :end]} if cache is None else {}
+                output = model(input_ids=input_ids[:, start:end], **{CACHE_NAME: cache}, use_cache=True, **prompt)
+                cache = output[CACHE_NAME]
+                steps.append(output.logits)
+            scored = model(input_ids=input_ids, pixel_values=pixels, mm_token_type_ids=types).logits
+            embeds = model.get_input_embeddings()(input_ids)
+            embedded = model(inputs_embeds=embeds, pixel_values=pixels, mm_token_type_ids=types).logits
+        torch.testing.assert_close(torch.cat(steps, dim=1), scored, atol=1e-5, rtol=0)
+        torch.testing.assert_close(embedded, scored, atol=1e-5, rtol=0)
+
+    def test_they_can_be_continued(self):
+        model = tiny_model()
+        input_ids, types = self.texts()
+        inputs = {"input_ids": input_ids, "pixel_values": random_pixels(1, model.config), "mm_token_type_ids": types}
+        expected = input_ids
+        for length in range(6):
+            longer = inputs | {"input_ids": expected, "mm_token_type_ids": F.pad(types, (0, length))}
+            with torch.no_grad():
+                logits = model(**longer, use_cache=False).logits
+            expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(greedy(model, **inputs), expected)
+        assert torch.equal(greedy(model, **inputs, cache_implementation="static"), expected)
+
+    def test_token_types_count_from_the_end(self):
+        model = tiny_model().model
+        input_ids, types = self.texts()
+        mask = model.get_placeholder_mask(input_ids, None, types[:, 1:])
+        assert torch.equal(mask, types.bool())
+        assert torch.equal(model.get_placeholder_mask(input_ids[:, 1:], None, types), types[:, 1:].bool())
+
+    def test_without_token_types_the_error_names_them(self):
+        model = tiny_model()
+        with pytest.raises(ValueError, match=r"1 pictures for 3 placeholders.*`mm_token_type_ids`"):
+            model(input_ids=self.texts()[0], pixel_values=random_pixels(1, model.config))
+
+
 class TestCache:
     @pytest.mark.parametrize("cut", [1, 3, 5, 8])
     def test_cached_equals_uncached_wherever_the_text_is_cut(self, cut):
@@ -357,6 +411,45 @@ class TestCache:
             )
             second = model(input_ids=input_ids[:, cut:], past_key_values=first[CACHE_NAME])
         torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("order", [[1, 0, 3, 2], [2, 3, 0, 1], [3, 0, 1, 1]], ids=str)
+    @pytest.mark.parametrize("operation", ["reorder_cache", "batch_select_indices"])
+    def test_rows_that_share_pictures_take_them_along_wherever_they_go(self, operation, order):
+        model = tiny_model()
+        texts = torch.randint(3, 90, (4, 5), generator=torch.Generator().manual_seed(0))
+        new = torch.tensor([[7], [8], [9], [10]])
+        states = (
+            model.get_image_features(random_pixels(4, model.config)).pooler_output.unflatten(0, (2, 2)).flatten(1, 2)
+        )
+        order, num_images = torch.tensor(order), torch.tensor([2, 1])
+        with torch.no_grad():
+            cache = model(input_ids=texts, cross_attention_states=states, num_images=num_images, use_cache=True)[
+                CACHE_NAME
+            ]
+            assert cache.visual.layers[0].keys.shape[0] == 2
+            getattr(cache, operation)(order)
+            actual = model(input_ids=new, past_key_values=cache).logits
+            expected = model(
+                input_ids=torch.cat([texts[order], new], dim=1),
+                cross_attention_states=states.repeat_interleave(2, dim=0)[order],
+                num_images=num_images.repeat_interleave(2)[order],
+            ).logits[:, -1:]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+    def test_repeated_rows_share_the_pictures_of_the_row_they_come_from(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        new = torch.arange(5, 11)[:, None]
+        with torch.no_grad():
+            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True)[CACHE_NAME]
+            keys = cache.visual.layers[0].keys
+            cache.batch_repeat_interleave(2)
+            assert cache.visual.layers[0].keys is keys
+            actual = model(input_ids=new, past_key_values=cache).logits
+            repeated = torch.cat([input_ids.repeat_interleave(2, dim=0), new], dim=1)
+            twice = pixels[[0, 0, 1, 2, 1, 2]]
+            expected = model(input_ids=repeated, pixel_values=twice).logits[:, -1:]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
     def test_a_users_own_cache_keeps_the_image(self):
         model = tiny_model()
@@ -533,6 +626,37 @@ class TestGenerate:
         own = (pixels[:1], pixels[1:], None)[row]
         alone = greedy(model, input_ids=input_ids[row : row + 1], pixel_values=own, **settings)
         assert torch.equal(together[2 * row : 2 * row + 2], alone)
+
+    def test_a_text_only_model_drafts(self):
+        model = tiny_model()
+        assistant = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+        input_ids, pixels = batch_of_three(model.config)
+        inputs = {"input_ids": input_ids[1:2], "pixel_values": pixels[1:], "max_new_tokens": 10}
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN_ID).long()
+        calls = CountedCalls(assistant)
+        assert torch.equal(greedy(model, **inputs, assistant_model=assistant), greedy(model, **inputs))
+        assert calls.count > 0
+
+    def test_beams_share_the_keys_of_their_row_and_do_not_move_them(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        settings = {"num_beams": 3, "return_dict_in_generate": True, "output_attentions": True}
+        keys = set()
+
+        def look(_, args, kwargs):
+            cache = kwargs.get(CACHE_NAME)
+            if holds_visual_states(cache):
+                keys.add(cache.visual.layers[0].keys.data_ptr())
+                assert cache.visual.layers[0].keys.shape[0] == 3  # rows, not beams
+
+        handle = model.register_forward_pre_hook(look, with_kwargs=True)
+        model.set_attn_implementation("eager")
+        outputs = model.generate(
+            input_ids=input_ids, pixel_values=pixels, do_sample=False, max_new_tokens=6, **settings
+        )
+        handle.remove()
+        assert len(keys) == 1
+        assert all(weights.shape[:3] == (9, 4, 1) for step in outputs.attentions[1:] for weights in step)
 
     def test_beam_search_equals_beam_search_without_cache(self):
         model = tiny_model()
@@ -854,6 +978,12 @@ class TestBadInput:
         model = tiny_model()
         with pytest.raises(ValueError, match=message):
             model(**change(*batch_of_three(model.config)))
+
+    def test_states_that_do_not_divide_the_rows_are_refused(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        with pytest.raises(ValueError, match="has 2 rows, which do not divide the 3 rows of the text"):
+            model(input_ids=input_ids, cross_attention_states=pixels.new_zeros(2, 16, 32))
 
     def test_generate_refuses_wrong_numbers_of_pictures(self):
         model = tiny_model()

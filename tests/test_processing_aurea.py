@@ -164,22 +164,26 @@ def test_bad_conversations_are_refused_by_name(processor, conversation, message)
 # texts and pictures
 
 
-def test_outputs_are_ids_mask_and_pixels_only(processor, pictures):
+TEXT_INPUTS = {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def test_outputs_are_those_of_the_text_and_pixels_only(processor, pictures):
     inputs = processor(images=pictures[0], text="<|image|>a", return_tensors="pt")
-    assert list(inputs) == ["input_ids", "attention_mask", "pixel_values"]
+    assert set(inputs) == TEXT_INPUTS | {"pixel_values"}
     assert set(processor.model_input_names) == set(inputs)
     assert inputs["input_ids"].tolist() == [[305, 64]] and inputs["attention_mask"].tolist() == [[1, 1]]
+    assert inputs["mm_token_type_ids"].tolist() == [[1, 0]]
     assert inputs["pixel_values"].shape == (1, 2, 3, 28, 28) and inputs["pixel_values"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("arguments", [{"text": "ab"}, {"text": ["a", "b"]}])
 def test_text_alone_has_no_pixels(processor, arguments):
-    assert set(processor(**arguments)) == {"input_ids", "attention_mask"}
+    assert set(processor(**arguments)) == TEXT_INPUTS
 
 
 @pytest.mark.parametrize("images", [None, [], [[]], [None], ()])
 def test_no_pictures_in_whatever_form_have_no_pixels(processor, images):
-    assert set(processor(images=images, text=["a"])) == {"input_ids", "attention_mask"}
+    assert set(processor(images=images, text=["a"])) == TEXT_INPUTS
 
 
 def test_picture_alone_has_no_ids(processor, pictures):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
+from conftest import IMAGE_TOKEN_ID, TINY_VISION, random_pixels, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from test_integrations_aurea import LOGITS_SCRIPT, run_without_package
 from torch import nn
@@ -354,8 +354,23 @@ class TestQuantization:
     def test_groups_that_train_in_full_stay_as_they_are(self, monkeypatch):
         model = tiny_model(UNTIED)
         expected = in_group(linear_modules(model), "language_model", "fusion") - {"lm_head"}
+        expected = {name for name in expected if ".fixup_proj." not in name}  # of odd widths: never
         groups = ("vision", "spatial_vision", "projector", "cross_attention")
         assert self.quantized(monkeypatch, model, modules_not_to_quantize(groups)) == expected
+
+    def test_what_is_quantised_without_a_list_has_groups_of_32_and_tokens_for_inputs(self, monkeypatch):
+        towers = {name: TINY_VISION[name] | {"hidden_size": 32} for name in ("vision_config", "spatial_vision_config")}
+        model = tiny_model({"intermediate_size": 64}, **towers, cross_attention_intermediate_size=32)
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        shapes = {}
+        for name, module in linear.items():
+            module.register_forward_pre_hook(lambda _, args, name=name: shapes.update({name: args[0].shape}))
+        model(input_ids=torch.tensor([[5, IMAGE_TOKEN_ID, 6]]), pixel_values=random_pixels(1, model.config))
+        quantised = self.quantized(monkeypatch, model, None)
+        assert any("fusion" in name for name in quantised)
+        assert {len(shapes[name]) for name in quantised} <= {2, 3}
+        odd = {name: linear[name].in_features for name in quantised if linear[name].in_features % 32 != 0}
+        assert not odd
 
     def test_names_of_the_model_without_head_are_met_too(self, monkeypatch):
         model = tiny_model().model

@@ -49,7 +49,6 @@ class AureaCrossAttention(nn.Module):
         visual_cache: DynamicCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
-        query_states = self.q_norm(self._split_heads(self.q_proj(hidden_states)))  # (B, heads, T, head_dim)
         if cross_attention_states is not None:
             key_states = self.k_norm(self._split_heads(self.k_proj(cross_attention_states)))
             value_states = self._split_heads(self.v_proj(cross_attention_states))
@@ -59,6 +58,9 @@ class AureaCrossAttention(nn.Module):
         else:
             cached = visual_cache.layers[self.block_idx]
             key_states, value_states = cached.keys, cached.values
+        # Rows of the text that see the same pictures, as beams do, are one row here: nothing is stored twice.
+        hidden_states = hidden_states.reshape(key_states.shape[0], -1, hidden_states.shape[-1])
+        query_states = self.q_norm(self._split_heads(self.q_proj(hidden_states)))  # (rows, heads, tokens, head_dim)
 
         implementation = self.config._attn_implementation
         if attention_mask is not None and "flash" in implementation:
@@ -67,6 +69,8 @@ class AureaCrossAttention(nn.Module):
         attn_output, attn_weights = attention_interface(
             self, query_states, key_states, value_states, attention_mask, scaling=self.scaling
         )
+        if attn_weights is not None:
+            attn_weights = attn_weights.unflatten(2, (-1, input_shape[1])).transpose(1, 2).flatten(0, 1)
         return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -157,9 +161,11 @@ class WovenDecoderLayerMixin:
 class VisualStatesCacheMixin:
     """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
 
-    `visual` holds one layer per block. `num_images` (batch,) counts the pictures of each row; it is None where every
-    token sees every visual state. `image_counts` (batch, tokens) counts the placeholders up to each token of the
-    cached text, so that a cache that was cropped still knows; a static cache, which cannot be, keeps the last only.
+    `visual` holds one layer per block. It may have fewer rows than the text, each for as many of its rows that follow
+    each other: beams of one text see the same pictures. `num_images` (batch,) counts the pictures of each row; it is
+    None where every token sees every visual state. `image_counts` (batch, tokens) counts the placeholders up to each
+    token of the cached text, so that a cache that was cropped still knows; a static cache, which cannot be, keeps the
+    last only.
     """
 
     visual: DynamicCache
@@ -213,18 +219,30 @@ class VisualStatesCacheMixin:
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
-        self.visual.reorder_cache(beam_idx)
+        if self.has_visual_states:
+            beams = beam_idx.shape[0] // self.visual.layers[0].keys.shape[0]
+            # Where each row goes on as one that sees the same pictures, all their keys would be copied for nothing.
+            pictures = torch.arange(beam_idx.shape[0], device=beam_idx.device) // beams
+            if beams == 1 or not torch.equal(beam_idx // beams, pictures):
+                self._select_visual_rows(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int):
-        super().batch_repeat_interleave(repeats)
-        self.visual.batch_repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)  # each row of `visual` then serves so many more
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor):
         super().batch_select_indices(indices)
-        self.visual.batch_select_indices(indices)
+        if self.has_visual_states:
+            self._select_visual_rows(indices)
         self._map_rows(lambda rows: rows[indices])
+
+    def _select_visual_rows(self, indices: torch.Tensor):
+        """Give each row of the text its own row in `visual`, and select among these."""
+        beams = self.image_counts.shape[0] // self.visual.layers[0].keys.shape[0]
+        if beams > 1:
+            self.visual.batch_repeat_interleave(beams)
+        self.visual.batch_select_indices(indices)
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]):
         self.num_images = None if self.num_images is None else function(self.num_images)

@@ -20,7 +20,11 @@ from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWe
 
 
 class PointwiseProjection(nn.Module):
-    """Linear, LayerNorm, activation, linear at each position. The norm's statistics are float32 in every dtype."""
+    """Linear, LayerNorm, activation, linear at each position. The norm's statistics are float32 in every dtype.
+
+    Maps `(batch, height, width, channels)` pass as tokens, which is what quantised linear layers take, and in the
+    norm's dtype.
+    """
 
     def __init__(self, input_dim: int, output_dim: int, activation: nn.Module):
         super().__init__()
@@ -30,7 +34,9 @@ class PointwiseProjection(nn.Module):
         self.fc2 = nn.Linear(output_dim, output_dim)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.norm(self.fc1(features))))
+        tokens = features.flatten(1, 2).to(self.norm.weight.dtype)
+        tokens = self.fc2(self.activation(self.norm(self.fc1(tokens))))
+        return tokens.unflatten(1, features.shape[1:3])
 
 
 class SpatialRangeAttention(GradientCheckpointingLayer):
@@ -111,7 +117,8 @@ class SpatialRangeFusion(nn.Module):
         """
         _check_grids(semantic_features, spatial_features)
         dtype = self.spatial_norm.weight.dtype
-        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)))  # (B, H, W, D)
+        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
+        semantic = semantic.unflatten(1, semantic_features.shape[1:3])  # (B, H, W, D)
         spatial = self.spatial_norm(spatial_features.to(dtype))
         joint_source = torch.cat([spatial, semantic], dim=-1)  # (B, H, W, 2D)
         for layer in self.semantic_layers:
@@ -148,10 +155,8 @@ class ConcatFusion(nn.Module):
         """
         _check_grids(semantic_features, spatial_features)
         maps = {"spatial": spatial_features, "semantic": semantic_features}
-        dtype = self.output_proj.weight.dtype
-        joint = torch.cat(
-            [getattr(self, f"{encoder}_norm")(maps[encoder].to(dtype)) for encoder in self.encoders], dim=-1
-        )
+        norms = {encoder: self.get_submodule(f"{encoder}_norm") for encoder in self.encoders}
+        joint = torch.cat([norm(maps[encoder].to(norm.weight.dtype)) for encoder, norm in norms.items()], dim=-1)
         tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
         return (tokens, joint) if return_map else tokens
 

@@ -24,7 +24,7 @@ from inspect import signature
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 from transformers import (
     MODEL_MAPPING,
     AutoModel,
@@ -44,7 +44,7 @@ from transformers.modeling_outputs import (
     ModelOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, torch_compilable_check
 
 from .configuration_aurea import AureaConfig
 from .cross_attention_aurea import (
@@ -170,39 +170,73 @@ class AureaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(fused_features)))
 
 
-def _image_counts(image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None) -> list[int]:
-    """Pictures of each row, from the placeholders `image_tokens` (batch, T) and those in the cached text before it."""
+def _image_counts(
+    image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pictures of each row (batch,), from its placeholders (batch, T) and those in the cached text before them."""
     counts = image_tokens.sum(dim=1)
     if images_seen is not None:
         counts = counts + images_seen.to(counts.device)
-    counts = counts.tolist()
-    if sum(counts) != num_images:
-        raise ValueError(
-            f"Image features and image tokens do not match: {num_images} pictures for {sum(counts)} placeholders "
-            f"({counts} per row). Give one placeholder per picture, and the pictures in the order of the rows."
-        )
+    torch_compilable_check(
+        counts.sum() == num_images,
+        lambda: (
+            f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
+            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the order of the "
+            "rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
+            "`mm_token_type_ids`, with a 1 at those of pictures."
+        ),
+    )
     return counts
 
 
-def _has_text_that_should_have_seen(cache: Cache, counts: list[int]) -> bool:
+def _has_text_that_should_have_seen(cache: Cache, counts: torch.Tensor) -> bool:
     """Whether rows that now have pictures were cached before their first: that text sees it when nothing is cached."""
-    if cache.get_seq_length() == 0:
+    if is_tracing(counts) or cache.get_seq_length() == 0:
         return False
     if not holds_visual_states(cache):
-        return any(counts)
-    had = [1] * len(counts) if cache.num_images is None else cache.num_images.tolist()
-    return any(count and not before for count, before in zip(counts, had))
+        return bool(counts.any())
+    return cache.num_images is not None and bool(((counts > 0) & (cache.num_images == 0)).any())
 
 
-def _group_by_row(image_features: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _group_by_row(image_features: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Features of single pictures (images, N, C) → those of rows (batch, most images · N, C) and pictures per row.
 
-    The second is None where each row has exactly one picture, which all its tokens see.
+    The second is None where each row has exactly one picture, which all its tokens see. In a graph that is traced, no
+    shape may hang on what the text says: there each row has room for all pictures.
     """
-    if set(counts) == {1}:
+    counts = counts.to(image_features.device)
+    if is_tracing(counts):
+        most = image_features.shape[0]
+    elif (counts == 1).all():
         return image_features, None
-    rows = [features.flatten(0, 1) for features in image_features.split(counts)]
-    return pad_sequence(rows, batch_first=True), torch.tensor(counts, device=image_features.device)
+    else:
+        most = int(counts.max())
+    slots = torch.arange(most, device=counts.device)
+    is_taken = slots < counts[:, None]  # (batch, most images)
+    image_idx = ((counts.cumsum(dim=0) - counts)[:, None] + slots).where(is_taken, 0)
+    rows = image_features[image_idx].masked_fill(~is_taken[..., None, None], 0)
+    return rows.flatten(1, 2), counts
+
+
+def _repeat_for_text(num_images: torch.Tensor | None, num_rows: int, num_text_rows: int) -> torch.Tensor | None:
+    """Pictures of each row of visual states → of each row of the text, of which several may share one of those."""
+    if num_text_rows % num_rows != 0:
+        raise ValueError(
+            f"`cross_attention_states` has {num_rows} rows, which do not divide the {num_text_rows} rows of the text: "
+            "give one for each, or for as many that follow each other."
+        )
+    return None if num_images is None else num_images.repeat_interleave(num_text_rows // num_rows)
+
+
+def _check_are_trained(auxiliary_losses: dict[str, torch.Tensor] | None, are_in_loss: bool) -> None:
+    if auxiliary_losses and not are_in_loss:
+        coefficients = " and ".join(f"`{name}_coef`" for name in auxiliary_losses)
+        raise ValueError(
+            f"The configuration sets {coefficients}, but these losses would not be trained: they are part of the loss "
+            "that `AureaForConditionalGeneration` makes of `labels`, and here the loss is made by others, from its "
+            "logits or from the base model's output (TRL's trainers, label smoothing, a `compute_loss_func`). Train "
+            f"with `transformers.Trainer`, or set {coefficients} of the model's configuration to 0."
+        )
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -257,9 +291,10 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     # The published precision: both encoders and the width of every Gaussian stay in float32. The strict list is for
-    # loading in any half precision; quantisers read the other one, from the start of a module's full name.
+    # loading in any half precision; quantisers read the other one, from the start of a module's full name, and need
+    # to know of small networks whose widths no group of weights divides.
     _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model", "sigma_spatial"]
-    _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model"]
+    _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model", r".*\.fixup_proj"]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -465,7 +500,7 @@ class AureaModel(AureaPreTrainedModel):
         needs_grad = needs_grad and torch.is_grad_enabled()
         if needs_grad and any(name.endswith("mask_token") for name, _ in encoder.named_parameters()):
             # Nothing is masked, but the mask token takes part: DistributedDataParallel waits for every gradient.
-            kwargs["bool_masked_pos"] = pixels.new_zeros((len(pixels), rows * columns), dtype=torch.bool)
+            kwargs["bool_masked_pos"] = pixels.new_zeros((pixels.shape[0], rows * columns), dtype=torch.bool)
         with (
             torch.set_grad_enabled(needs_grad),
             torch.autocast(pixels.device.type, enabled=False),
@@ -487,16 +522,26 @@ class AureaModel(AureaPreTrainedModel):
         return outputs, features.unflatten(1, (rows, columns)).to(self.dtype)
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        mm_token_type_ids: torch.LongTensor | None = None,
     ) -> torch.BoolTensor:
-        """Where the text, as ids or as embeddings, has a picture's placeholder: `(batch_size, sequence_length)`."""
+        """Where the text, as ids or as embeddings, has a picture's placeholder: `(batch_size, sequence_length)`.
+
+        `mm_token_type_ids`, if given, alone say so. Of those of a longer text the last count; what stands before those
+        of a shorter one, such as the virtual tokens of a prompt that was tuned, are words.
+        """
         image_token_id = self.config.image_token_id
+        if mm_token_type_ids is not None:
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            missing = max(length - mm_token_type_ids.shape[1], 0)
+            return F.pad(mm_token_type_ids[:, -length:] == 1, (missing, 0))
         if input_ids is not None:
             return input_ids == image_token_id
-        embeddings = self.get_input_embeddings()
-        if image_token_id >= embeddings.num_embeddings:
+        if image_token_id >= self.config.text_config.vocab_size:
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
-        placeholder = embeddings(torch.tensor(image_token_id, device=inputs_embeds.device))
+        placeholder = self.get_input_embeddings()(torch.tensor([[image_token_id]], device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
     @names_untested_version
@@ -511,6 +556,7 @@ class AureaModel(AureaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         return_decoder_output: bool = False,
@@ -523,10 +569,15 @@ class AureaModel(AureaPreTrainedModel):
                 the pictures of the whole conversation, and replace the cached ones.
             cross_attention_states (`torch.FloatTensor`, *optional*):
                 `(batch_size, num_visual_tokens, hidden_size)`: visual tokens made ready before, row for row,
-                instead of `pixel_values`; no placeholders are needed.
-            num_images (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-                With `cross_attention_states`: how many pictures of each row stand at their front. Each token then sees
-                the pictures whose placeholder is at or before it. Without it every token sees every visual token.
+                instead of `pixel_values`; no placeholders are needed. Fewer rows, which divide the batch, are each
+                seen by as many rows of the text that follow each other, as the beams of a search do.
+            num_images (`torch.LongTensor`, *optional*):
+                With `cross_attention_states`, whose rows it has: how many pictures stand at the front of each. Each
+                token then sees the pictures whose placeholder is at or before it. Without it every token sees every
+                visual token.
+            mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 at each picture's placeholder, 0 elsewhere, as the processor gives it. By default each token of the
+                id `config.image_token_id` is one; a text may have it as a word, where it was generated.
             past_key_values or cache (`Cache`, *optional*):
                 One argument under its two names. The pictures' keys are kept in it as well.
             return_decoder_output (`bool`, *optional*, defaults to `False`):
@@ -538,7 +589,7 @@ class AureaModel(AureaPreTrainedModel):
         if pixel_values is not None and cross_attention_states is not None:
             raise ValueError("Give the pictures as `pixel_values` or as `cross_attention_states`, not both.")
 
-        image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds)  # (batch, T)
+        image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)  # (batch, T)
         image_features = auxiliary_losses = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
             seen = cache.images_seen if isinstance(cache, VisualStatesCacheMixin) else None
@@ -554,6 +605,9 @@ class AureaModel(AureaPreTrainedModel):
         elif cross_attention_states is None and cache is None and self._needs_image_branch():
             cross_attention_states, num_images, auxiliary_losses = self._unseen_picture(image_tokens)
 
+        _check_are_trained(auxiliary_losses, are_in_loss=return_decoder_output)
+        if cross_attention_states is not None:
+            num_images = _repeat_for_text(num_images, cross_attention_states.shape[0], image_tokens.shape[0])
         if use_cache is None:  # Trainer turns it off in the configuration of the whole
             use_cache = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", False))
         visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, cache)
@@ -604,8 +658,7 @@ class AureaModel(AureaPreTrainedModel):
         picture = torch.zeros(1, 2, 3, *canvas, device=image_tokens.device)
         with _in_evaluation_mode(_batch_norms(self.vision_model, self.spatial_vision_model)):
             outputs = self.get_image_features(picture)  # which is no example of what pictures look like
-        states = outputs.pooler_output.expand(len(image_tokens), -1, -1)  # (batch, N, C)
-        return states, image_tokens.new_zeros(len(image_tokens), dtype=torch.long), outputs.auxiliary_losses
+        return outputs.pooler_output, image_tokens.new_zeros(1, dtype=torch.long), outputs.auxiliary_losses
 
     def _needs_image_branch(self) -> bool:
         """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
@@ -649,13 +702,14 @@ class AureaModel(AureaPreTrainedModel):
             # Tokens before the first placeholder see the first picture. A row without one is given an empty picture to
             # look at, so that no softmax runs over nothing, and its result is discarded.
             visible_images = torch.minimum(visible_images, num_images[:, None]).clamp(min=1)
-            states = cross_attention_states if is_new else visual_cache.layers[0].keys[:, 0]
+            states = cross_attention_states if is_new else visual_cache.layers[0].keys[:, 0]  # (rows, N, …)
+            visible_images = visible_images.reshape(states.shape[0], -1)  # as the blocks see the text
             visual_inputs["cross_attention_mask"] = self._cross_attention_mask(visible_images, states)
             visual_inputs["rows_with_image"] = (num_images > 0)[:, None, None]
         return visual_inputs
 
     def _cross_attention_mask(self, visible_images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Which visual tokens each text token sees, from the number of pictures (batch, T) that it sees."""
+        """Which visual tokens each text token sees, from the number of pictures (rows, T) that it sees."""
         config = self.language_model.config
         if "flash" in config._attn_implementation:
             config = copy.copy(config)
@@ -786,6 +840,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -814,9 +869,11 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             cross_attention_states=cross_attention_states,
             num_images=num_images,
+            mm_token_type_ids=mm_token_type_ids,
             return_decoder_output=True,
             **kwargs,
         )
+        _check_are_trained(outputs.auxiliary_losses, are_in_loss=labels is not None)
         if labels is not None:
             # With nothing to predict the loss is zero, not the mean of nothing.
             num_targets = kwargs.get("num_items_in_batch")
@@ -837,7 +894,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         if loss is not None and auxiliary_losses:
             # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
             weighted = sum(getattr(self.config, f"{name}_coef") * values for name, values in auxiliary_losses.items())
-            image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+            image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)
             share = share_of_batch(weighted, image_tokens, labels, kwargs["num_items_in_batch"])
             loss = loss + share.to(loss.device)
         return AureaCausalLMOutputWithPast(
@@ -908,7 +965,19 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         kwargs = self._encode_images_for_generation(input_ids, kwargs)
         if expand_size > 1:
             kwargs.pop("pixel_values", None)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        # Not repeated: the beams of a row see the same pictures.
+        visual_inputs = {name: kwargs.pop(name) for name in ("cross_attention_states", "num_images") if name in kwargs}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | visual_inputs
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None:  # one that drafts from the text alone takes none of these
+            names = {"pixel_values", "cross_attention_states", "num_images", "mm_token_type_ids"}
+            names -= set(signature(assistant_model.forward).parameters)
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in names}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
 
     def _encode_images_for_generation(self, input_ids: torch.LongTensor | None, model_kwargs: dict) -> dict:
         """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
@@ -921,7 +990,9 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             if states is not None and has_cached_states:
                 return model_kwargs
             inputs_embeds = model_kwargs.get("inputs_embeds")
-            image_tokens = self.model.get_placeholder_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
+            image_tokens = self.model.get_placeholder_mask(
+                input_ids if inputs_embeds is None else None, inputs_embeds, model_kwargs.get("mm_token_type_ids")
+            )
             # Only the new text was given if the positions go back further than it.
             position_ids = model_kwargs.get("position_ids")
             is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]

@@ -143,6 +143,7 @@ class AureaProcessorKwargs(ProcessingKwargs, total=False):
         "text_kwargs": {
             "padding": False,
             "add_special_tokens": False,  # the prompt is complete as the chat template writes it
+            "return_mm_token_type_ids": True,  # what is generated after it is no picture, whichever token it is
         },
     }
 
@@ -237,8 +238,9 @@ class AureaProcessor(ProcessorMixin):
             text: one text or a list of texts, each with one `<|image|>` per picture.
 
         Returns:
-            `input_ids` and `attention_mask`, both `(batch_size, sequence_length)`, and, if there are pictures,
-            `pixel_values` `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+            `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at each placeholder), all
+            `(batch_size, sequence_length)`, and, if there are pictures, `pixel_values`
+            `(num_images, 2, 3, height, width)`, in the order of the placeholders.
 
         Raises:
             ValueError: texts and pictures do not match, or neither is given; what the image processor raises.
@@ -302,6 +304,10 @@ class AureaProcessor(ProcessorMixin):
             return MultiModalData()
         ones = [1] * len(image_sizes)
         return MultiModalData(num_image_tokens=ones, num_image_patches=list(ones))
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "mm_token_type_ids"]
 
     @property
     def unused_input_names(self) -> list[str]:

@@ -113,7 +113,7 @@ def _neighbor_dot(queries: torch.Tensor, keys: torch.Tensor, radius: int) -> tor
         tile_keys = keys[:, tile.key_rows, tile.key_columns].flatten(1, 2)
         products = _bmm(tile_keys, tile_queries.mT).flatten(1)
         target = dots[:, tile.query_rows, tile.query_columns]
-        target.copy_(products.gather(1, tile.entries.expand(len(products), -1)).view_as(target))
+        target.copy_(products.gather(1, tile.entries.expand(products.shape[0], -1)).view_as(target))
     return dots
 
 
@@ -124,10 +124,10 @@ def _neighbor_sum(keys: torch.Tensor, weights: torch.Tensor, radius: int) -> tor
         tile_keys = keys[:, tile.key_rows, tile.key_columns].flatten(1, 2)
         tile_weights = weights[:, tile.query_rows, tile.query_columns].flatten(1)
         num_keys, num_queries = tile_keys.shape[1], tile_weights.shape[1] // weights.shape[3]
-        matrix = weights.new_zeros(len(weights), num_keys * num_queries)
+        matrix = weights.new_zeros(weights.shape[0], num_keys * num_queries)
         # A reflected neighbour appears several times: its weights add up.
-        matrix.scatter_add_(1, tile.entries.expand(len(weights), -1), tile_weights)
-        matrix = matrix.to(keys.dtype).view(len(weights), num_keys, num_queries).mT
+        matrix.scatter_add_(1, tile.entries.expand(weights.shape[0], -1), tile_weights)
+        matrix = matrix.to(keys.dtype).view(weights.shape[0], num_keys, num_queries).mT
         target = sums[:, tile.query_rows, tile.query_columns]
         if target.shape[2] == keys.shape[2]:  # whole rows: in place
             target.flatten(1, 2).baddbmm_(matrix, tile_keys, beta=0)
@@ -141,7 +141,7 @@ def _transpose(weights: torch.Tensor, radius: int) -> torch.Tensor:
     _, height, width, _ = weights.shape
     entries = _table(_build_transposition, weights, height, width, radius)
     flat = weights.flatten(1)
-    return torch.zeros_like(flat).scatter_add_(1, entries.expand(len(flat), -1), flat).view_as(weights)
+    return torch.zeros_like(flat).scatter_add_(1, entries.expand(flat.shape[0], -1), flat).view_as(weights)
 
 
 class _NeighborDot(torch.autograd.Function):
