@@ -67,7 +67,7 @@ class TestLossesOfOthers:
         arguments = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none", "max_steps": 1}
         args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **arguments)
         trainer = Trainer(model, args, train_dataset=[0], data_collator=lambda _: rows(model.config))
-        with pytest.raises(ValueError, match="`feature_diversity_coef`.*label smoothing"):
+        with pytest.raises(ValueError, match=r"`feature_diversity_coef`.*label smoothing"):
             trainer.train()
 
 

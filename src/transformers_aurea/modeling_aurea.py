@@ -181,8 +181,8 @@ def _image_counts(
         counts.sum() == num_images,
         lambda: (
             f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
-            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the order of the "
-            "rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
+            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the order "
+            "of the rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
             "`mm_token_type_ids`, with a 1 at those of pictures."
         ),
     )
