@@ -235,25 +235,26 @@ class AureaConfig(PreTrainedConfig):
         if text_config.is_encoder_decoder:
             raise UnfitLanguageModelError(text_config, "which is not a decoder language model")
         for name in ("hidden_size", "num_hidden_layers"):
-            if not isinstance(_optional(text_config, name), int):
+            if not isinstance(optional_field(text_config, name), int):
                 raise UnfitLanguageModelError(text_config, f"whose configuration has no `{name}`")
         if self.vision_config.model_type == "siglip_vision_model":
             self.vision_config.vision_use_head = False
         if self.spatial_vision_config.model_type == "siglip_vision_model":
             self.spatial_vision_config.vision_use_head = False
+        is_tied = bool(optional_field(text_config, "tie_word_embeddings"))
         if self.tie_word_embeddings is None:
-            self.tie_word_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
-        if self.tie_word_embeddings != getattr(text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = is_tied
+        if self.tie_word_embeddings != is_tied:
             text_config = self.text_config = copy.deepcopy(text_config)  # the caller's may be a model's
             text_config.tie_word_embeddings = self.tie_word_embeddings  # the language model ties as the whole says
         if self.cross_attention_num_heads is None:
-            heads = _optional(text_config, "num_attention_heads")
+            heads = optional_field(text_config, "num_attention_heads")
             self.cross_attention_num_heads = heads if isinstance(heads, int) else max(text_config.hidden_size // 64, 1)
         heads = self.cross_attention_num_heads
         if self.cross_attention_num_key_value_heads is None:
-            self.cross_attention_num_key_value_heads = _optional(text_config, "num_key_value_heads") or heads
+            self.cross_attention_num_key_value_heads = optional_field(text_config, "num_key_value_heads") or heads
         if self.cross_attention_head_dim is None:
-            self.cross_attention_head_dim = _optional(text_config, "head_dim")
+            self.cross_attention_head_dim = optional_field(text_config, "head_dim")
         if self.cross_attention_head_dim is None:
             if heads < 1 or text_config.hidden_size % heads:
                 raise ValueError(
@@ -282,6 +283,20 @@ class AureaConfig(PreTrainedConfig):
         return super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
 
     @property
+    def encoder_configs(self) -> dict[str, PreTrainedConfig]:
+        """The vision encoders' configurations by their names, in the order of the views."""
+        return {"vision_config": self.vision_config, "spatial_vision_config": self.spatial_vision_config}
+
+    @property
+    def auxiliary_loss_coefs(self) -> dict[str, float]:
+        """Weights of the auxiliary losses that are not 0, by the losses' names."""
+        coefs = {
+            "feature_consistency": self.feature_consistency_coef,
+            "feature_diversity": self.feature_diversity_coef,
+        }
+        return {name: coef for name, coef in coefs.items() if coef}
+
+    @property
     def feature_sizes(self) -> tuple[int, int]:
         """Channels of the semantic and of the spatial encoder's features."""
         return _feature_size(self.vision_config), _feature_size(self.spatial_vision_config)
@@ -291,7 +306,7 @@ class AureaConfig(PreTrainedConfig):
         """Height and width in pixels of view 0 (semantic encoder) and view 1 (spatial encoder)."""
         size = self.vision_image_size
         if size is None:
-            size = _optional(self.vision_config, "image_size")
+            size = optional_field(self.vision_config, "image_size")
         if size is None:
             raise ValueError(
                 f"`vision_config` ({self.vision_config.model_type}) has no `image_size`: give `vision_image_size`."
@@ -324,9 +339,14 @@ class AureaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        for name in ("cross_attention_head_dim", "cross_attention_intermediate_size", "projector_hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        sizes = {
+            "cross_attention_head_dim": self.cross_attention_head_dim,
+            "cross_attention_intermediate_size": self.cross_attention_intermediate_size,
+            "projector_hidden_size": self.projector_hidden_size,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` must be 0 or greater, got {self.image_token_id}.")
         self._validate_encoders()
@@ -336,20 +356,21 @@ class AureaConfig(PreTrainedConfig):
         self._validate_auxiliary_losses()
 
     def _validate_encoders(self):
-        for name in ("vision_config", "spatial_vision_config"):
-            if getattr(self, name).model_type == "siglip2_vision_model":
+        for name, config in self.encoder_configs.items():
+            if config.model_type == "siglip2_vision_model":
                 raise ValueError(
                     f"`{name}` is siglip2_vision_model, the variant that takes flattened patches (NaFlex). Use "
                     "siglip_vision_model, which carries SigLIP2 at a fixed resolution."
                 )
 
     def _validate_heads(self):
-        for name in ("text_config", "vision_config", "spatial_vision_config"):
-            config = getattr(self, name)
-            heads, key_value_heads = (_optional(config, key) for key in ("num_attention_heads", "num_key_value_heads"))
+        for name, config in {"text_config": self.text_config, **self.encoder_configs}.items():
+            heads, key_value_heads = (
+                optional_field(config, key) for key in ("num_attention_heads", "num_key_value_heads")
+            )
             if not isinstance(heads, int):
                 continue  # stages of their own, or layers that differ
-            if heads < 1 or (_optional(config, "head_dim") is None and config.hidden_size % heads):
+            if heads < 1 or (optional_field(config, "head_dim") is None and config.hidden_size % heads):
                 raise ValueError(
                     f"`{name}.hidden_size` ({config.hidden_size}) must be divisible by its `num_attention_heads` "
                     f"({heads})."
@@ -399,9 +420,9 @@ class AureaConfig(PreTrainedConfig):
             )
 
     def _validate_auxiliary_losses(self):
-        for name in ("feature_consistency_coef", "feature_diversity_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` must be a number from 0 on, got {getattr(self, name)}.")
+        for name, coef in self.auxiliary_loss_coefs.items():
+            if not 0 <= coef < float("inf"):
+                raise ValueError(f"`{name}_coef` must be a number from 0 on, got {coef}.")
         kernel = self.feature_consistency_kernel
         unknown = sorted(kernel.keys() - _CONSISTENCY_KERNEL.keys())
         if unknown:
@@ -433,8 +454,8 @@ def _rename_fusion(settings: dict, quietly: bool = False) -> dict:
     return settings
 
 
-def _optional(config: PreTrainedConfig, name: str):
-    """A field that a part may lack, or have only per layer."""
+def optional_field(config: PreTrainedConfig, name: str):
+    """A field that a part may lack, or have only per layer: then None."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers' answer where layers differ
@@ -449,12 +470,12 @@ def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 def _is_hierarchical(config: PreTrainedConfig) -> bool:
     """Encoders of stages (Swin, ConvNeXt, ResNet) halve the resolution from each stage to the next."""
-    return hasattr(config, "depths")
+    return optional_field(config, "depths") is not None
 
 
 def _stride(config: PreTrainedConfig) -> tuple[int, int]:
     """Pixels per patch, vertically and horizontally, of an encoder's last feature map."""
-    rows, columns = _pair(getattr(config, "patch_size", 4))
+    rows, columns = _pair(optional_field(config, "patch_size") or 4)
     shrink = 2 ** (len(config.depths) - 1) if _is_hierarchical(config) else 1
     return rows * shrink, columns * shrink
 
@@ -465,12 +486,14 @@ def _grid(size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _feature_size(config: PreTrainedConfig) -> int:
-    if not (hasattr(config, "hidden_sizes") or hasattr(config, "hidden_size")):
+    sizes = optional_field(config, "hidden_sizes")  # of stages
+    size = sizes[-1] if sizes else optional_field(config, "hidden_size")
+    if size is None:
         raise ValueError(
             f"An encoder of type '{config.model_type}' says neither by `hidden_size` nor by `hidden_sizes` how wide "
             "its features are. Choose another (SigLIP, CLIP, DINOv2, DINOv3, ViT, Swin, ConvNeXt, ResNet, … do)."
         )
-    return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+    return size
 
 
 __all__ = ["AureaConfig", "AureaFusionConfig"]

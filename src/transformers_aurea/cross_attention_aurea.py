@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
@@ -130,7 +131,8 @@ class WovenDecoderLayerMixin:
     closing_cross_attention_block: AureaCrossAttentionBlock | None
 
     def __call__(self, hidden_states, *args, cross_attention_states=None, **kwargs):
-        is_replayed = self.training and torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False)
+        is_checkpointed = isinstance(self, GradientCheckpointingLayer) and self.gradient_checkpointing
+        is_replayed = is_checkpointed and self.training and torch.is_grad_enabled()
         if is_replayed and cross_attention_states is not None:
             kwargs["visual_cache"] = None  # a replayed forward must not write a second time
         return super().__call__(hidden_states, *args, cross_attention_states, **kwargs)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from inspect import signature
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .configuration_aurea import AureaConfig, UnfitLanguageModelError
+from .configuration_aurea import AureaConfig, UnfitLanguageModelError, optional_field
 from .cross_attention_aurea import decoder_layers, woven_class
 
 
@@ -64,7 +65,7 @@ def check_is_decoder(text_config: PreTrainedConfig) -> None:
     """Raises UnfitLanguageModelError unless it is the configuration of a decoder language model of transformers."""
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
-    if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(text_config, "is_decoder", False):
+    if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not optional_field(text_config, "is_decoder"):
         raise UnfitLanguageModelError(
             text_config, "which is not a decoder language model: it reads both ways, unless its `is_decoder` is set"
         )
@@ -105,9 +106,7 @@ class DecoderStandIn:
     def __getattr__(self, name: str):
         if "_path" not in self.__dict__:  # while it is being copied
             raise AttributeError(name)
-        value = self._owner.get_decoder()
-        for step in (*self._path, name):
-            value = getattr(value, step)
+        value = attrgetter(".".join((*self._path, name)))(self._owner.get_decoder())
         return DecoderStandIn(self._owner, (*self._path, name)) if isinstance(value, PreTrainedModel) else value
 
 

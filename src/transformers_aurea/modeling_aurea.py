@@ -46,7 +46,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging, torch_compilable_check
 
-from .configuration_aurea import AureaConfig
+from .configuration_aurea import AureaConfig, optional_field
 from .cross_attention_aurea import (
     AureaCrossAttentionBlock,
     VisualStatesCacheMixin,
@@ -181,8 +181,8 @@ def _image_counts(
         counts.sum() == num_images,
         lambda: (
             f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
-            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the order "
-            "of the rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
+            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the "
+            "order of the rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
             "`mm_token_type_ids`, with a 1 at those of pictures."
         ),
     )
@@ -230,12 +230,12 @@ def _repeat_for_text(num_images: torch.Tensor | None, num_rows: int, num_text_ro
 
 def _check_are_trained(auxiliary_losses: dict[str, torch.Tensor] | None, are_in_loss: bool) -> None:
     if auxiliary_losses and not are_in_loss:
-        coefficients = " and ".join(f"`{name}_coef`" for name in auxiliary_losses)
+        coefs = " and ".join(f"`{name}_coef`" for name in auxiliary_losses)
         raise ValueError(
-            f"The configuration sets {coefficients}, but these losses would not be trained: they are part of the loss "
+            f"The configuration sets {coefs}, but these losses would not be trained: they are part of the loss "
             "that `AureaForConditionalGeneration` makes of `labels`, and here the loss is made by others, from its "
             "logits or from the base model's output (TRL's trainers, label smoothing, a `compute_loss_func`). Train "
-            f"with `transformers.Trainer`, or set {coefficients} of the model's configuration to 0."
+            f"with `transformers.Trainer`, or set {coefs} of the model's configuration to 0."
         )
 
 
@@ -248,10 +248,17 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> str | None:
     """The attention implementation asked for, or `"eager"` for an encoder that lacks it, as convolutional ones do."""
-    flags = {"sdpa": "_supports_sdpa", "flex": "_supports_flex_attn", "flash": "_supports_flash_attn"}
-    flag = next((flag for name, flag in flags.items() if name in (implementation or "")), None)
     encoder_class = MODEL_MAPPING.get(type(config), None)  # none for remote code
-    return "eager" if flag and encoder_class and not getattr(encoder_class, flag) else implementation
+    if encoder_class is None or implementation is None:
+        return implementation
+    is_supported = {
+        "sdpa": encoder_class._supports_sdpa,
+        "flex": encoder_class._supports_flex_attn,
+        "flash": encoder_class._supports_flash_attn,
+    }
+    return (
+        "eager" if any(name in implementation and not is_supported[name] for name in is_supported) else implementation
+    )
 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -322,8 +329,8 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         if isinstance(attn_implementation, str):  # an encoder that lacks it would refuse
             encoders = {
-                name: _encoder_attention(getattr(self.config, name), attn_implementation)
-                for name in ("vision_config", "spatial_vision_config")
+                name: _encoder_attention(config, attn_implementation)
+                for name, config in self.config.encoder_configs.items()
             }
             everything = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
             attn_implementation = everything | encoders
@@ -460,21 +467,21 @@ class AureaModel(AureaPreTrainedModel):
         self, semantic_features: torch.Tensor, spatial_features: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
         """Fused tokens, and the auxiliary losses (images,) of a fusion that trains, on the tensors of the original."""
-        consistency, diversity = self.config.feature_consistency_coef, self.config.feature_diversity_coef
-        if not self.training or not (consistency or diversity):
+        wanted = self.config.auxiliary_loss_coefs
+        if not self.training or not wanted:
             return self.fusion(semantic_features, spatial_features), None
         tokens, fused_map = self.fusion(semantic_features, spatial_features, return_map=True)
         if not tokens.requires_grad:
             return tokens, None
         losses = {}
-        if consistency:
+        if "feature_consistency" in wanted:
             settings = {"radius": self.config.feature_fusion_config.radius, **self.config.feature_consistency_kernel}
             # The guidance says what belongs together; an encoder that trains is not to learn to say what pays.
             losses["feature_consistency"] = sum(
                 feature_consistency_loss(guidance.detach(), fused_map, **settings, reduction="none")
                 for guidance in (spatial_features, semantic_features)
             )
-        if diversity:
+        if "feature_diversity" in wanted:
             losses["feature_diversity"] = feature_diversity_loss(tokens, reduction="none")
         return tokens, losses
 
@@ -491,7 +498,7 @@ class AureaModel(AureaPreTrainedModel):
         height, width = self.config.view_sizes[view]
         rows, columns = self.config.grid_sizes[view]
         pixels = pixel_values[:, view, :, :height, :width].to(encoder.dtype)
-        trained_size = getattr(encoder.config, "image_size", (height, width))
+        trained_size = optional_field(encoder.config, "image_size") or (height, width)
         trained_size = (trained_size, trained_size) if isinstance(trained_size, int) else tuple(trained_size)
         if trained_size != (height, width) and "interpolate_pos_encoding" in signature(encoder.forward).parameters:
             kwargs["interpolate_pos_encoding"] = True  # others, as DINOv2, do so by themselves
@@ -609,7 +616,9 @@ class AureaModel(AureaPreTrainedModel):
         if cross_attention_states is not None:
             num_images = _repeat_for_text(num_images, cross_attention_states.shape[0], image_tokens.shape[0])
         if use_cache is None:  # Trainer turns it off in the configuration of the whole
-            use_cache = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", False))
+            use_cache = optional_field(self.config, "use_cache")
+        if use_cache is None:
+            use_cache = bool(optional_field(self.config.text_config, "use_cache"))
         visual_inputs = self._visual_inputs(image_tokens, cross_attention_states, num_images, cache)
         if visual_inputs and use_cache and cache is None:
             visual_inputs["visual_cache"] = DynamicCache()  # until the decoder has made a cache
@@ -893,7 +902,8 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         auxiliary_losses = outputs.auxiliary_losses
         if loss is not None and auxiliary_losses:
             # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
-            weighted = sum(getattr(self.config, f"{name}_coef") * values for name, values in auxiliary_losses.items())
+            coefs = self.config.auxiliary_loss_coefs
+            weighted = sum(coefs[name] * values for name, values in auxiliary_losses.items())
             image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)
             share = share_of_batch(weighted, image_tokens, labels, kwargs["num_items_in_batch"])
             loss = loss + share.to(loss.device)
