@@ -434,6 +434,24 @@ def test_longer_rows_are_cut_off(processor):
     assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "attention_mask", "labels"))
 
 
+def test_a_placeholder_may_be_the_last_token_kept(processor):
+    row = {"id": "x", "messages": [user("a", IMAGE, "b"), assistant("c")], "images": [picture()]}
+    whole = AureaDataCollator(processor, train_on="all")([row])["input_ids"]
+    place = whole[0].tolist().index(processor.image_token_id)
+    cut = AureaDataCollator(processor, train_on="all", max_length=place + 1)([row])
+    assert torch.equal(cut["input_ids"], whole[:, : place + 1]) and cut["pixel_values"].shape[0] == 1
+    with pytest.raises(ValueError, match="would cut off the placeholders of 1 of its 1 pictures"):
+        AureaDataCollator(processor, train_on="all", max_length=place)([row])
+
+
+def test_the_first_token_is_no_target(processor):
+    row = mixed_rows()[1]
+    labels = AureaDataCollator(processor, train_on="all", max_length=2)([row])["labels"]
+    assert (labels != -100).sum() == 2
+    with pytest.raises(ValueError, match=r"none of its \d+ tokens within `max_length=1` is trained on"):
+        AureaDataCollator(processor, train_on="all", max_length=1)([row])
+
+
 # bad rows
 
 
