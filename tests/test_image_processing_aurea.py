@@ -289,6 +289,13 @@ def test_arrays_of_every_type_and_layout(processor, array, level):
     assert torch.equal(levels(processor, array), torch.full((1, 2, 3, 112, 112), float(level)))
 
 
+@pytest.mark.parametrize("kind", [np.array, Image.fromarray, lambda array: Image.fromarray(array.astype(np.int32))])
+def test_every_16_bit_level_becomes_the_nearest_8_bit_level(kind):
+    array = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    views = levels(AureaImageProcessor(do_resize=False, do_center_crop=False), kind(array))
+    assert torch.equal(views, torch.from_numpy(np.rint(array / 257)).float().expand(1, 2, 3, 256, 256))
+
+
 @pytest.mark.parametrize("kind", [np.array, lambda image: torch.from_numpy(np.array(image))])
 def test_arrays_equal_the_picture_in_both_layouts(processor, picture, kind):
     array = kind(picture)
