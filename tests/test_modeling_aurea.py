@@ -319,6 +319,21 @@ class TestWhichImageATokenSees:
             logits = model(input_ids=input_ids[:1], cross_attention_states=states).logits
         assert torch.equal(logits, expected)
 
+    def test_more_placeholders_than_pictures_show_nothing_of_the_padding(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        input_ids[0, 5] = IMAGE_TOKEN_ID  # as if generated
+        with torch.no_grad():
+            states = model.get_image_features(pixels).pooler_output
+            padded = torch.stack([torch.cat([states[0], states[0] * 0]), states[1:].flatten(0, 1)])
+            together = model(
+                input_ids=input_ids[:2], cross_attention_states=padded, num_images=torch.tensor([1, 2])
+            ).logits
+            alone = model(
+                input_ids=input_ids[:1], cross_attention_states=states[:1], num_images=torch.tensor([1])
+            ).logits
+        torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
+
     def test_zero_rows_of_pixels_mean_no_image(self):
         model = tiny_model()
         input_ids = torch.arange(3, 12)[None]
@@ -390,6 +405,62 @@ class TestCache:
             cache = model(input_ids=row[:, :4], pixel_values=pixels[1:2], use_cache=True)[CACHE_NAME]
             rest = model(input_ids=row[:, 4:], pixel_values=pixels[1:], past_key_values=cache).logits
         torch.testing.assert_close(rest, whole[:, 4:], atol=1e-5, rtol=0)
+
+    def test_a_layer_that_runs_twice_writes_its_keys_once(self):
+        model = tiny_model()
+        cache, states = DynamicCache(), torch.randn(1, 16, 32)
+        for _ in range(2):
+            model.model.language_model.layers[0].cross_attention_block(states[:, :5], states, visual_cache=cache)
+        assert cache.layers[0].keys.shape == (1, 2, 16, 8)
+
+    @pytest.mark.parametrize("generates", [False, True])
+    def test_no_key_of_a_replaced_picture_stays_in_the_cache(self, generates):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        row, old, new = input_ids[:1], pixels[:1], pixels[1:2]
+        with torch.no_grad():
+            fresh = model(input_ids=row, pixel_values=new, use_cache=True)[CACHE_NAME]
+            cache = model(input_ids=row, pixel_values=old, use_cache=True)[CACHE_NAME]
+            if generates:
+                conversation = torch.cat([row, torch.tensor([[7, 8]])], dim=1)
+                greedy(model, input_ids=conversation, pixel_values=new, **{CACHE_NAME: cache})
+            else:
+                model(input_ids=torch.tensor([[7, 8]]), pixel_values=new, **{CACHE_NAME: cache})
+        for layer, expected in zip(cache.visual.layers, fresh.visual.layers, strict=True):
+            assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+    @pytest.mark.parametrize(
+        ("change", "rows"),
+        [
+            (lambda cache: cache.batch_select_indices(torch.tensor([2, 0, 1])), [2, 0, 1]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ],
+        ids=["reordered", "chosen", "repeated"],
+    )
+    def test_rows_of_a_cache_can_be_chosen_and_repeated(self, change, rows):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        step = torch.tensor([[5], [6], [7]])
+        with torch.no_grad():
+            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True)[CACHE_NAME]
+            expected = model(input_ids=step, **{CACHE_NAME: copy.deepcopy(cache)}).logits
+            change(cache)
+            logits = model(input_ids=step[rows], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(logits, expected[rows], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 2)], ids=["one image", "two images"])
+    def test_a_generated_placeholder_is_not_counted_as_a_picture(self, rows):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        own = (input_ids[rows] == IMAGE_TOKEN_ID).sum()
+        with torch.no_grad():
+            cache = model(input_ids=input_ids[rows], pixel_values=pixels[:own], use_cache=True)[CACHE_NAME]
+            model(input_ids=torch.tensor([[IMAGE_TOKEN_ID]]), **{CACHE_NAME: cache})
+            assert cache.images_seen == own
+            further = torch.tensor([[7, IMAGE_TOKEN_ID]])
+            model(input_ids=further, pixel_values=pixels[: own + 1], **{CACHE_NAME: cache})
+            assert cache.images_seen == own + 1
 
     @pytest.mark.parametrize("kept", [2, 4, 7])
     @pytest.mark.parametrize("with_pixels", [True, False])
@@ -669,6 +740,16 @@ class TestTraining:
         assert all(parameter.grad is None for parameter in model.model.spatial_vision_model.parameters())
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_a_checkpointed_step_keeps_neither_text_nor_pictures_in_a_cache(self, use_reentrant):
+        model = tiny_model().train()
+        input_ids, pixels = batch_of_three(model.config)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        cache = DynamicCache(config=model.config.text_config)
+        inputs = {"input_ids": input_ids, "pixel_values": pixels, "labels": input_ids}
+        model(**inputs, use_cache=True, **{CACHE_NAME: cache}).loss.backward()
+        assert cache.get_seq_length() == 0 and not cache.has_visual_states
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
     @pytest.mark.parametrize("text", ["phi3", "gpt2"])
     def test_gradient_checkpointing_gives_the_same_gradients(self, use_reentrant, text):
         overrides = {"model_type": text, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -695,6 +776,17 @@ class TestContract:
             keeps = "vision_model." in name or name.endswith("sigma_spatial")
             assert parameter.dtype == (torch.float32 if keeps else torch.bfloat16), name
         assert model.dtype == model.model.dtype == torch.bfloat16
+
+    def test_encoders_keep_their_precision_under_autocast(self):
+        model = tiny_model()
+        pixels = random_pixels(2, model.config)
+        with torch.no_grad():
+            expected = model.get_image_features(pixels)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                features = model.get_image_features(pixels)
+        assert torch.equal(features.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(features.spatial_last_hidden_state, expected.spatial_last_hidden_state)
+        assert not torch.equal(features.pooler_output, expected.pooler_output)  # the rest is under it
 
     def test_save_and_load_keep_every_bit(self, tmp_path):
         model = tiny_model()
