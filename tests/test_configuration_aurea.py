@@ -159,6 +159,8 @@ def test_views_may_be_rectangular():
     assert config.grid_sizes == ((16, 8), (16, 8))
     assert config.tokens_per_image == 128
 
+    assert AureaConfig(vision_image_size=[224, 112]).view_sizes == ((224, 112), (224, 112))
+
 
 @pytest.mark.parametrize("encoder", ["swin", "convnext", "resnet"])
 def test_encoders_of_stages_shrink_the_grid(encoder):
