@@ -434,6 +434,15 @@ def test_longer_rows_are_cut_off(processor):
     assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "attention_mask", "labels"))
 
 
+@pytest.mark.parametrize("turns", [[user("a"), assistant("b"), user("c")], [user("a")]], ids=len)
+def test_a_turn_without_an_answer_stays_in_its_conversation(processor, turns):
+    separate, together = (
+        AureaDataCollator(processor, train_on="all", independent_turns=independent)([{"id": "x", "messages": turns}])
+        for independent in (True, False)
+    )
+    assert torch.equal(separate["input_ids"], together["input_ids"])
+
+
 def test_a_placeholder_may_be_the_last_token_kept(processor):
     row = {"id": "x", "messages": [user("a", IMAGE, "b"), assistant("c")], "images": [picture()]}
     whole = AureaDataCollator(processor, train_on="all")([row])["input_ids"]

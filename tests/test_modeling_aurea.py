@@ -478,6 +478,29 @@ class TestCache:
             rest = model(input_ids=row[:, kept:], past_key_values=cache, **again).logits
         torch.testing.assert_close(rest, whole[:, kept:], atol=1e-5, rtol=0)
 
+    def test_a_cache_cropped_to_nothing_has_seen_no_picture(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        row, own = input_ids[1:2], pixels[1:]
+        with torch.no_grad():
+            whole = model(input_ids=row, pixel_values=own).logits
+            cache = model(input_ids=row, pixel_values=own, use_cache=True)[CACHE_NAME]
+            cache.crop(-cache.get_seq_length())
+            assert cache.images_seen is None
+            again = model(input_ids=row, pixel_values=own, **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
+
+    def test_a_crop_into_text_without_placeholders_knows_how_many_came_before(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        with torch.no_grad():
+            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True)[CACHE_NAME]
+            model(input_ids=torch.tensor([[5, 6]]), **{CACHE_NAME: cache})
+            model(input_ids=torch.tensor([[7, IMAGE_TOKEN_ID]]), pixel_values=pixels[:2], **{CACHE_NAME: cache})
+        assert cache.images_seen == 2
+        cache.crop(-3)
+        assert cache.images_seen == 1
+
     def test_reset_forgets_the_image(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
