@@ -16,6 +16,7 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
+from transformers_aurea.cross_attention_aurea import WovenDecoderLayerMixin, woven_class
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -259,6 +260,13 @@ class TestWhichImageATokenSees:
             other = model(input_ids=input_ids, pixel_values=pixels * 7 + 1).logits
         assert torch.equal(seen[2], other[2])
         assert not torch.equal(seen[0], other[0])
+
+    def test_a_row_without_image_gets_nothing_of_what_is_no_number(self):
+        block = tiny_model().model.language_model.layers[0].cross_attention_block
+        hidden_states = torch.randn(1, 5, 32)
+        states = torch.full((1, 16, 32), torch.nan)
+        rows_with_image = torch.tensor([False])[:, None, None]
+        assert torch.equal(block(hidden_states, states, rows_with_image=rows_with_image), hidden_states)
 
     def test_swapping_two_pictures_changes_the_logits(self):
         model = tiny_model()
@@ -510,6 +518,16 @@ class TestCache:
             text = torch.arange(3, 9)[None]
             again = model(input_ids=text, past_key_values=cache).logits
             assert torch.equal(again, model(input_ids=text).logits)
+
+    def test_a_static_cache_serves_again_after_a_reset(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        cache = StaticCache(config=model.config.text_config, max_cache_len=24)
+        inputs = {"input_ids": input_ids, "pixel_values": pixels, CACHE_NAME: cache}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            cache.reset()
+            assert torch.equal(model(**inputs).logits, expected)
 
     def test_a_cache_can_be_copied_and_pickled(self):
         model = tiny_model()
@@ -885,6 +903,19 @@ class TestContract:
         with torch.no_grad():
             expected = model(input_ids=input_ids, pixel_values=pixels).logits
             assert torch.equal(copy.deepcopy(model)(input_ids=input_ids, pixel_values=pixels).logits, expected)
+
+    def test_a_layers_further_outputs_come_through_the_closing_block(self):
+        class Layer(torch.nn.Module):
+            def forward(self, hidden_states):
+                return hidden_states, "weights"
+
+        layer, states = Layer(), torch.randn(1, 16, 32)
+        layer.__class__ = woven_class(WovenDecoderLayerMixin, Layer)
+        layer.cross_attention_block = None
+        layer.closing_cross_attention_block = tiny_model().model.language_model.layers[0].cross_attention_block
+        hidden_states, weights = layer(states[:, :5], cross_attention_states=states)
+        assert torch.equal(hidden_states, layer.closing_cross_attention_block(states[:, :5], states))
+        assert weights == "weights"
 
     def test_layers_keep_the_name_of_their_class(self):
         model = tiny_model()
