@@ -434,6 +434,13 @@ def test_longer_rows_are_cut_off(processor):
     assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "attention_mask", "labels"))
 
 
+def test_a_length_that_is_a_multiple_already_stays(processor):
+    length = AureaDataCollator(processor)(mixed_rows())["input_ids"].shape[1]
+    for multiple in (1, length):
+        batch = AureaDataCollator(processor, pad_to_multiple_of=multiple)(mixed_rows())
+        assert batch["input_ids"].shape[1] == length
+
+
 @pytest.mark.parametrize("turns", [[user("a"), assistant("b"), user("c")], [user("a")]], ids=len)
 def test_a_turn_without_an_answer_stays_in_its_conversation(processor, turns):
     separate, together = (
