@@ -156,6 +156,15 @@ def test_several_files_are_one_dataset_and_shards_of_a_stream(llava):
     assert stream.num_shards == 2 and len(list(stream)) == 6
 
 
+def test_an_array_may_begin_with_a_byte_order_mark(llava):
+    (llava / "data.json").write_bytes(b"\xef\xbb\xbf" + (llava / "data.json").read_bytes())
+    assert len(load_llava_dataset(llava / "data.json", llava)) == 3
+
+
+def test_zero_is_an_id():
+    assert to_chat_row({"id": 0, "messages": []}, index=5)["id"] == "0"
+
+
 def test_changed_file_is_not_taken_from_the_cache(llava):
     assert len(load_llava_dataset(llava / "data.json", llava)) == 3
     (llava / "data.json").write_text(json.dumps(LLAVA[:2]))
@@ -432,6 +441,14 @@ def test_longer_rows_are_cut_off(processor):
     length = whole["input_ids"].shape[1] - 3
     cut = AureaDataCollator(processor, max_length=length)(mixed_rows())
     assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "attention_mask", "labels"))
+
+
+def test_independent_turns_are_cut_off_with_their_positions(processor):
+    rows = mixed_rows()[1:2]
+    whole = AureaDataCollator(processor, independent_turns=True)(rows)
+    length = whole["input_ids"].shape[1] - 2
+    cut = AureaDataCollator(processor, independent_turns=True, max_length=length)(rows)
+    assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "labels", "position_ids"))
 
 
 def test_a_length_that_is_a_multiple_already_stays(processor):
