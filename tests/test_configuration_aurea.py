@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import FIXTURES, TINY_TEXT, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
 
@@ -22,6 +23,7 @@ def test_defaults_are_the_published_sizes():
     assert (config.cross_attention_head_dim, config.cross_attention_intermediate_size) == (128, 8192)
     assert (config.feature_fusion_config.depth, config.feature_fusion_config.radius) == (4, 3)
     assert config.tie_word_embeddings
+    assert config.cross_attention_norm_eps == 1e-5
 
 
 def test_a_models_own_configuration_stays_as_it_is():
@@ -159,9 +161,33 @@ def test_views_may_be_rectangular():
     assert config.grid_sizes == ((16, 8), (16, 8))
     assert config.tokens_per_image == 128
 
+    assert AureaConfig(vision_image_size=[224, 112]).view_sizes == ((224, 112), (224, 112))
+
 
 @pytest.mark.parametrize("encoder", ["swin", "convnext", "resnet"])
 def test_encoders_of_stages_shrink_the_grid(encoder):
     config = AureaConfig(vision_config={"model_type": encoder, "image_size": 224}, vision_image_size=224)
     assert config.grid_sizes == ((7, 7), (7, 7))
     assert config.view_sizes == ((224, 224), (98, 98))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vision_image_size": 0}, r"\(0, 0\) pixels, not a multiple of its patches"),
+        ({"vision_image_size": -28}, r"\(-28, -28\) pixels, not a multiple of its patches"),
+        ({"spatial_vision_image_size": [28, 14]}, r"semantic encoder gives \(4, 4\) .* spatial encoder \(4, 2\)"),
+        ({"cross_attention_num_key_value_heads": 0}, r"multiple of `cross_attention_num_key_value_heads` \(0\)"),
+        ({"image_token_id": -1}, "`image_token_id` must be 0 or greater, got -1"),
+        ({"feature_consistency_coef": float("inf")}, "`feature_consistency_coef` must be a number from 0 on, got inf"),
+        ({"feature_diversity_coef": float("nan")}, "`feature_diversity_coef` must be a number from 0 on, got nan"),
+    ],
+    ids=str,
+)
+def test_what_no_fusion_could_use_is_refused(settings, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        AureaConfig(**{**tiny_config().to_dict(), "feature_fusion_config": {"fusion_type": "concat"}, **settings})
+
+
+def test_the_image_token_may_be_the_first():
+    assert AureaConfig(image_token_id=0).image_token_id == 0

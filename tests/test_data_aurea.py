@@ -156,6 +156,15 @@ def test_several_files_are_one_dataset_and_shards_of_a_stream(llava):
     assert stream.num_shards == 2 and len(list(stream)) == 6
 
 
+def test_an_array_may_begin_with_a_byte_order_mark(llava):
+    (llava / "data.json").write_bytes(b"\xef\xbb\xbf" + (llava / "data.json").read_bytes())
+    assert len(load_llava_dataset(llava / "data.json", llava)) == 3
+
+
+def test_zero_is_an_id():
+    assert to_chat_row({"id": 0, "messages": []}, index=5)["id"] == "0"
+
+
 def test_changed_file_is_not_taken_from_the_cache(llava):
     assert len(load_llava_dataset(llava / "data.json", llava)) == 3
     (llava / "data.json").write_text(json.dumps(LLAVA[:2]))
@@ -432,6 +441,48 @@ def test_longer_rows_are_cut_off(processor):
     length = whole["input_ids"].shape[1] - 3
     cut = AureaDataCollator(processor, max_length=length)(mixed_rows())
     assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "attention_mask", "labels"))
+
+
+def test_independent_turns_are_cut_off_with_their_positions(processor):
+    rows = mixed_rows()[1:2]
+    whole = AureaDataCollator(processor, independent_turns=True)(rows)
+    length = whole["input_ids"].shape[1] - 2
+    cut = AureaDataCollator(processor, independent_turns=True, max_length=length)(rows)
+    assert all(torch.equal(cut[name], whole[name][:, :length]) for name in ("input_ids", "labels", "position_ids"))
+
+
+def test_a_length_that_is_a_multiple_already_stays(processor):
+    length = AureaDataCollator(processor)(mixed_rows())["input_ids"].shape[1]
+    for multiple in (1, length):
+        batch = AureaDataCollator(processor, pad_to_multiple_of=multiple)(mixed_rows())
+        assert batch["input_ids"].shape[1] == length
+
+
+@pytest.mark.parametrize("turns", [[user("a"), assistant("b"), user("c")], [user("a")]], ids=len)
+def test_a_turn_without_an_answer_stays_in_its_conversation(processor, turns):
+    separate, together = (
+        AureaDataCollator(processor, train_on="all", independent_turns=independent)([{"id": "x", "messages": turns}])
+        for independent in (True, False)
+    )
+    assert torch.equal(separate["input_ids"], together["input_ids"])
+
+
+def test_a_placeholder_may_be_the_last_token_kept(processor):
+    row = {"id": "x", "messages": [user("a", IMAGE, "b"), assistant("c")], "images": [picture()]}
+    whole = AureaDataCollator(processor, train_on="all")([row])["input_ids"]
+    place = whole[0].tolist().index(processor.image_token_id)
+    cut = AureaDataCollator(processor, train_on="all", max_length=place + 1)([row])
+    assert torch.equal(cut["input_ids"], whole[:, : place + 1]) and cut["pixel_values"].shape[0] == 1
+    with pytest.raises(ValueError, match="would cut off the placeholders of 1 of its 1 pictures"):
+        AureaDataCollator(processor, train_on="all", max_length=place)([row])
+
+
+def test_the_first_token_is_no_target(processor):
+    row = mixed_rows()[1]
+    labels = AureaDataCollator(processor, train_on="all", max_length=2)([row])["labels"]
+    assert (labels != -100).sum() == 2
+    with pytest.raises(ValueError, match=r"none of its \d+ tokens within `max_length=1` is trained on"):
+        AureaDataCollator(processor, train_on="all", max_length=1)([row])
 
 
 # bad rows

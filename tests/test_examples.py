@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,3 +233,27 @@ def test_exact_match_does_not_count_rows_without_labels():
     predictions = np.array([[5, 6, 0], [1, 2, 3], [8, 0, 0]])
     assert exact_match(EvalPrediction(predictions, labels), compute_result=True) == {"exact_match": 0.5}
     assert exact_match(EvalPrediction(predictions[1:2], labels[1:2]), compute_result=True) == {"exact_match": 0.0}
+
+
+def test_skipped_scenes_are_the_first_ones():
+    train = runpy.run_path(str(EXAMPLES / "train.py"))
+    rows = train["load_rows"]("scenes", train["DataArguments"](dataset="scenes", scenes=3, first_scene=2))
+    assert list(rows.seeds) == [4, 6, 8]
+
+
+def test_tokens_of_a_word_are_those_at_the_beginning_and_inside():
+    words_tokens = runpy.run_path(str(EXAMPLES / "train.py"))["words_tokens"]
+
+    def tokenizer(text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": {"teal": [7, 3], " teal": [5]}[text]}
+
+    assert words_tokens(tokenizer, ["teal"]) == [3, 5, 7]
+
+
+def test_adapters_on_a_model_of_parts_are_refused():
+    train = runpy.run_path(str(EXAMPLES / "train.py"))
+    model_args = train["ModelArguments"](lora=["fusion"], text="t", vision="v", spatial_vision="s")
+    training_args = SimpleNamespace(do_train=True, do_eval=False)
+    with pytest.raises(ValueError, match="the new parts would be lost"):
+        train["check_options"](model_args, train["DataArguments"](dataset="scenes"), training_args)

@@ -235,6 +235,23 @@ def test_single_encoder_is_a_norm_and_one_linear_layer(fusion_type, used):
     assert maps[1 - used].grad is None and maps[used].grad is not None
 
 
+@pytest.mark.parametrize("fusion_type", FUSIONS)
+class TestAnyFusion:
+    def test_its_dtype_is_that_of_its_weights(self, fusion_type):
+        fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5).to(torch.bfloat16)
+        assert fusion(*random_maps(5, 4)).dtype == torch.bfloat16
+
+    def test_all_its_norms_of_features_have_the_given_epsilon(self, fusion_type):
+        norms = [m for m in FUSIONS[fusion_type](32, 48, 1, 3, 1e-2).children() if isinstance(m, torch.nn.LayerNorm)]
+        assert norms and all(norm.eps == 1e-2 for norm in norms)
+
+    def test_the_map_is_what_its_last_linear_layer_reads(self, fusion_type):
+        fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
+        tokens, fused_map = fusion(*random_maps(5, 4), return_map=True)
+        assert fused_map.shape[:3] == (2, 5, 4)
+        assert torch.equal(fusion.output_proj(fused_map.flatten(1, 2)), tokens)
+
+
 def test_forward_leaves_no_trace(fusion):
     before = {name: value.clone() for name, value in fusion.state_dict().items()}
     semantic, spatial = random_maps(5, 4)
@@ -247,7 +264,11 @@ def test_forward_leaves_no_trace(fusion):
 
 
 @pytest.mark.parametrize("fusion_type", FUSIONS)
-@pytest.mark.parametrize("shapes", [((2, 4, 5, 32), (2, 5, 4, 48)), ((2, 20, 32), (2, 20, 48))], ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    [((2, 4, 5, 32), (2, 5, 4, 48)), ((2, 4, 5, 32), (2, 4, 6, 48)), ((2, 20, 32), (2, 20, 48))],
+    ids=str,
+)
 def test_maps_of_different_grids_are_refused(fusion_type, shapes):
     fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
     with pytest.raises(ValueError, match="one grid"):

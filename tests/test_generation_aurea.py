@@ -101,6 +101,11 @@ def test_dynamic_k_equals_the_recorded_one_at_every_step(max_new_tokens, min_top
     assert kept == [[k, k] for k in expected]
 
 
+def test_dynamic_k_has_the_published_bounds_by_default():
+    for warper in (published_sampling(3, dynamic_top_k=True, max_new_tokens=10)[1], DynamicTopKLogitsWarper(3, 10)):
+        assert [warper.top_k_at(step) for step in range(10)] == FACTS["dynamic_top_k"]["n10_min50_max90"]
+
+
 def test_dynamic_k_stays_at_its_minimum_after_the_last_step():
     warper = DynamicTopKLogitsWarper(0, 4, 2, 10)
     assert [warper.top_k_at(step) for step in (3, 4, 5, 1000)] == [4, 2, 2, 2]
@@ -150,6 +155,7 @@ BAD_ARGUMENTS = {
     "negative prompt": ({"prompt_length": -1}, "`prompt_length` must be an integer of at least 0, got -1"),
     "prompt as tensor": ({"prompt_length": torch.tensor(3)}, "`prompt_length`"),
     "temperature zero": ({"temperature": 0}, "`temperature` must be a positive number, got 0"),
+    "temperature infinite": ({"temperature": float("inf")}, "`temperature` must be a positive number, got inf"),
     "temperature text": ({"temperature": "0.1"}, "`temperature`.*'0.1'"),
     "penalty negative": ({"repetition_penalty": -1.0}, "`repetition_penalty`.*-1.0"),
     "penalty not a number": ({"repetition_penalty": float("nan")}, "`repetition_penalty`.*nan"),

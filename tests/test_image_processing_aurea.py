@@ -114,6 +114,18 @@ def test_each_view_has_its_own_mean_and_standard_deviation(processor, view, mean
     torch.testing.assert_close(view, expected.view(3, 1, 1).expand_as(view))
 
 
+def test_one_number_is_the_mean_and_deviation_of_every_channel(processor, picture):
+    one, three = (
+        {
+            f"{prefix}image_{name}": value
+            for prefix in ("", "spatial_")
+            for name, value in (("mean", mean), ("std", std))
+        }
+        for mean, std in ((0.3, 0.6), ([0.3] * 3, [0.6] * 3))
+    )
+    assert torch.equal(pixels(processor, picture, **one), pixels(processor, picture, **three))
+
+
 def test_cpu_without_wide_vector_units_resizes_to_the_same_levels(picture):
     """torch chooses its kernels at start-up; the slowest must not take another route to other numbers."""
     script = (
@@ -174,6 +186,19 @@ def test_extreme_shape_equals_the_crop_of_the_whole():
     whole = torch.nn.functional.interpolate(picture[None], (256, 51200), mode="bicubic", antialias=True)[0]
     left = round((51200 - 224) / 2)
     assert torch.equal(levels(AureaImageProcessor(), picture)[0, 1], whole[:, 16:240, left : left + 224].float())
+
+
+def test_longest_side_allowed_is_allowed(monkeypatch):
+    monkeypatch.setattr(image_processing_aurea, "MAX_RESIZED_LENGTH", 64)
+    picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    assert image_processing_aurea.resize_and_crop(picture, (64, 5), None, "bilinear").shape == (3, 64, 5)
+    with pytest.raises(ValueError, match="65 pixels long, more than 64"):
+        image_processing_aurea.resize_and_crop(picture, (65, 5), None, "bilinear")
+
+
+def test_no_pictures_have_the_size_of_the_canvas():
+    sizes = {"size": {"height": 16, "width": 40}, "spatial_size": {"height": 30, "width": 20}}
+    assert pixels(AureaImageProcessor(**sizes, spatial_crop_size=sizes["spatial_size"]), []).shape[3:] == (30, 40)
 
 
 def test_longer_side_is_truncated():
@@ -289,6 +314,13 @@ def test_arrays_of_every_type_and_layout(processor, array, level):
     assert torch.equal(levels(processor, array), torch.full((1, 2, 3, 112, 112), float(level)))
 
 
+@pytest.mark.parametrize("kind", [np.array, Image.fromarray, lambda array: Image.fromarray(array.astype(np.int32))])
+def test_every_16_bit_level_becomes_the_nearest_8_bit_level(kind):
+    array = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    views = levels(AureaImageProcessor(do_resize=False, do_center_crop=False), kind(array))
+    assert torch.equal(views, torch.from_numpy(np.rint(array / 257)).float().expand(1, 2, 3, 256, 256))
+
+
 @pytest.mark.parametrize("kind", [np.array, lambda image: torch.from_numpy(np.array(image))])
 def test_arrays_equal_the_picture_in_both_layouts(processor, picture, kind):
     array = kind(picture)
@@ -305,6 +337,28 @@ def test_floats_between_0_and_1_equal_the_levels_without_rescaling(processor, pi
     torch.testing.assert_close(
         pixels(processor, array, do_rescale=False), pixels(processor, picture), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(("highest", "warns"), [(1.0, True), (2.0, False)])
+def test_rescaling_floats_in_0_to_1_warns(processor, caplog, highest, warns):
+    image_processing_aurea.logger.warning_once.cache_clear()
+    image_processing_aurea.logger.addHandler(caplog.handler)
+    pixels(processor, np.full((9, 8, 3), highest))
+    image_processing_aurea.logger.removeHandler(caplog.handler)
+    assert ("Pass `do_rescale=False`" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+def test_255_is_an_8_bit_level_in_any_type(processor, dtype):
+    assert levels(processor, np.full((9, 8, 3), 255, dtype)).min() == 255
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_floats_up_to_exactly_1_are_no_levels(processor, picture, channels):
+    array = np.array(picture.convert("RGBA"))[..., :channels]
+    array[0, 0] = 255
+    views = pixels(processor, array.astype(np.float32) / 255, do_rescale=False)
+    torch.testing.assert_close(views, pixels(processor, array), rtol=0, atol=1e-6)
 
 
 def test_floats_of_any_range_pass_where_nothing_is_resized():

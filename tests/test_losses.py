@@ -220,6 +220,22 @@ class TestNumerics:
             assert grad[:, 1].abs().max() <= grad[:, 2:].abs().max()
 
 
+def test_rounding_makes_no_distance_negative():
+    """Two looks, each at many positions: with so small a β one negative distance would have an infinite weight."""
+    looks = random(2, 64)[random(1, 9, 9).gt(0).long()]
+    features = random(1, 9, 9, 8, seed=1)
+    assert feature_consistency_loss(looks, features, **{**KERNEL, "beta": 1e-9}).abs() < 10
+
+
+@pytest.mark.parametrize("wide", ["guidance", "features"])
+def test_the_wider_of_two_dtypes_is_computed_in(wide):
+    maps = {"guidance": random(2, 5, 6, 9), "features": random(2, 5, 6, 7, seed=1)}
+    exact = feature_consistency_loss(*(each.double() for each in maps.values()), **KERNEL)
+    maps[wide] = maps[wide].double()
+    loss = feature_consistency_loss(**maps, **KERNEL)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=0)
+
+
 class TestMemory:
     """Neither neighbourhoods (B, H, W, K, C) nor pairs of tokens are written out, forward or backward."""
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
-from transformers_aurea.cross_attention_aurea import holds_visual_states
+from transformers_aurea.cross_attention_aurea import WovenDecoderLayerMixin, holds_visual_states, woven_class
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -262,6 +262,13 @@ class TestWhichImageATokenSees:
         assert torch.equal(seen[2], other[2])
         assert not torch.equal(seen[0], other[0])
 
+    def test_a_row_without_image_gets_nothing_of_what_is_no_number(self):
+        block = tiny_model().model.language_model.layers[0].cross_attention_block
+        hidden_states = torch.randn(1, 5, 32)
+        states = torch.full((1, 16, 32), torch.nan)
+        rows_with_image = torch.tensor([False])[:, None, None]
+        assert torch.equal(block(hidden_states, states, rows_with_image=rows_with_image), hidden_states)
+
     def test_swapping_two_pictures_changes_the_logits(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
@@ -320,6 +327,21 @@ class TestWhichImageATokenSees:
             states = model.get_image_features(pixels[:1]).pooler_output
             logits = model(input_ids=input_ids[:1], cross_attention_states=states).logits
         assert torch.equal(logits, expected)
+
+    def test_more_placeholders_than_pictures_show_nothing_of_the_padding(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        input_ids[0, 5] = IMAGE_TOKEN_ID  # as if generated
+        with torch.no_grad():
+            states = model.get_image_features(pixels).pooler_output
+            padded = torch.stack([torch.cat([states[0], states[0] * 0]), states[1:].flatten(0, 1)])
+            together = model(
+                input_ids=input_ids[:2], cross_attention_states=padded, num_images=torch.tensor([1, 2])
+            ).logits
+            alone = model(
+                input_ids=input_ids[:1], cross_attention_states=states[:1], num_images=torch.tensor([1])
+            ).logits
+        torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=0)
 
     def test_zero_rows_of_pixels_mean_no_image(self):
         model = tiny_model()
@@ -484,6 +506,62 @@ class TestCache:
             rest = model(input_ids=row[:, 4:], pixel_values=pixels[1:], past_key_values=cache).logits
         torch.testing.assert_close(rest, whole[:, 4:], atol=1e-5, rtol=0)
 
+    def test_a_layer_that_runs_twice_writes_its_keys_once(self):
+        model = tiny_model()
+        cache, states = DynamicCache(), torch.randn(1, 16, 32)
+        for _ in range(2):
+            model.model.language_model.layers[0].cross_attention_block(states[:, :5], states, visual_cache=cache)
+        assert cache.layers[0].keys.shape == (1, 2, 16, 8)
+
+    @pytest.mark.parametrize("generates", [False, True])
+    def test_no_key_of_a_replaced_picture_stays_in_the_cache(self, generates):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        row, old, new = input_ids[:1], pixels[:1], pixels[1:2]
+        with torch.no_grad():
+            fresh = model(input_ids=row, pixel_values=new, use_cache=True)[CACHE_NAME]
+            cache = model(input_ids=row, pixel_values=old, use_cache=True)[CACHE_NAME]
+            if generates:
+                conversation = torch.cat([row, torch.tensor([[7, 8]])], dim=1)
+                greedy(model, input_ids=conversation, pixel_values=new, **{CACHE_NAME: cache})
+            else:
+                model(input_ids=torch.tensor([[7, 8]]), pixel_values=new, **{CACHE_NAME: cache})
+        for layer, expected in zip(cache.visual.layers, fresh.visual.layers, strict=True):
+            assert torch.equal(layer.keys, expected.keys) and torch.equal(layer.values, expected.values)
+
+    @pytest.mark.parametrize(
+        ("change", "rows"),
+        [
+            (lambda cache: cache.batch_select_indices(torch.tensor([2, 0, 1])), [2, 0, 1]),
+            (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+            (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        ],
+        ids=["reordered", "chosen", "repeated"],
+    )
+    def test_rows_of_a_cache_can_be_chosen_and_repeated(self, change, rows):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        step = torch.tensor([[5], [6], [7]])
+        with torch.no_grad():
+            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True)[CACHE_NAME]
+            expected = model(input_ids=step, **{CACHE_NAME: copy.deepcopy(cache)}).logits
+            change(cache)
+            logits = model(input_ids=step[rows], **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(logits, expected[rows], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("rows", [slice(0, 1), slice(1, 2)], ids=["one image", "two images"])
+    def test_a_generated_placeholder_is_not_counted_as_a_picture(self, rows):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        own = (input_ids[rows] == IMAGE_TOKEN_ID).sum()
+        with torch.no_grad():
+            cache = model(input_ids=input_ids[rows], pixel_values=pixels[:own], use_cache=True)[CACHE_NAME]
+            model(input_ids=torch.tensor([[IMAGE_TOKEN_ID]]), **{CACHE_NAME: cache})
+            assert cache.images_seen == own
+            further = torch.tensor([[7, IMAGE_TOKEN_ID]])
+            model(input_ids=further, pixel_values=pixels[: own + 1], **{CACHE_NAME: cache})
+            assert cache.images_seen == own + 1
+
     @pytest.mark.parametrize("kept", [2, 4, 7])
     @pytest.mark.parametrize("with_pixels", [True, False])
     def test_a_cropped_cache_goes_on_as_if_never_longer(self, kept, with_pixels):
@@ -500,6 +578,29 @@ class TestCache:
             rest = model(input_ids=row[:, kept:], past_key_values=cache, **again).logits
         torch.testing.assert_close(rest, whole[:, kept:], atol=1e-5, rtol=0)
 
+    def test_a_cache_cropped_to_nothing_has_seen_no_picture(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        row, own = input_ids[1:2], pixels[1:]
+        with torch.no_grad():
+            whole = model(input_ids=row, pixel_values=own).logits
+            cache = model(input_ids=row, pixel_values=own, use_cache=True)[CACHE_NAME]
+            cache.crop(-cache.get_seq_length())
+            assert cache.images_seen is None
+            again = model(input_ids=row, pixel_values=own, **{CACHE_NAME: cache}).logits
+        torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
+
+    def test_a_crop_into_text_without_placeholders_knows_how_many_came_before(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        with torch.no_grad():
+            cache = model(input_ids=input_ids[:1], pixel_values=pixels[:1], use_cache=True)[CACHE_NAME]
+            model(input_ids=torch.tensor([[5, 6]]), **{CACHE_NAME: cache})
+            model(input_ids=torch.tensor([[7, IMAGE_TOKEN_ID]]), pixel_values=pixels[:2], **{CACHE_NAME: cache})
+        assert cache.images_seen == 2
+        cache.crop(-3)
+        assert cache.images_seen == 1
+
     def test_reset_forgets_the_image(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
@@ -509,6 +610,16 @@ class TestCache:
             text = torch.arange(3, 9)[None]
             again = model(input_ids=text, past_key_values=cache).logits
             assert torch.equal(again, model(input_ids=text).logits)
+
+    def test_a_static_cache_serves_again_after_a_reset(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        cache = StaticCache(config=model.config.text_config, max_cache_len=24)
+        inputs = {"input_ids": input_ids, "pixel_values": pixels, CACHE_NAME: cache}
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            cache.reset()
+            assert torch.equal(model(**inputs).logits, expected)
 
     def test_a_cache_can_be_copied_and_pickled(self):
         model = tiny_model()
@@ -793,6 +904,16 @@ class TestTraining:
         assert all(parameter.grad is None for parameter in model.model.spatial_vision_model.parameters())
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_a_checkpointed_step_keeps_neither_text_nor_pictures_in_a_cache(self, use_reentrant):
+        model = tiny_model().train()
+        input_ids, pixels = batch_of_three(model.config)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        cache = DynamicCache(config=model.config.text_config)
+        inputs = {"input_ids": input_ids, "pixel_values": pixels, "labels": input_ids}
+        model(**inputs, use_cache=True, **{CACHE_NAME: cache}).loss.backward()
+        assert cache.get_seq_length() == 0 and not cache.has_visual_states
+
+    @pytest.mark.parametrize("use_reentrant", [True, False])
     @pytest.mark.parametrize("text", ["phi3", "gpt2"])
     def test_gradient_checkpointing_gives_the_same_gradients(self, use_reentrant, text):
         overrides = {"model_type": text, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -819,6 +940,17 @@ class TestContract:
             keeps = "vision_model." in name or name.endswith("sigma_spatial")
             assert parameter.dtype == (torch.float32 if keeps else torch.bfloat16), name
         assert model.dtype == model.model.dtype == torch.bfloat16
+
+    def test_encoders_keep_their_precision_under_autocast(self):
+        model = tiny_model()
+        pixels = random_pixels(2, model.config)
+        with torch.no_grad():
+            expected = model.get_image_features(pixels)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                features = model.get_image_features(pixels)
+        assert torch.equal(features.last_hidden_state, expected.last_hidden_state)
+        assert torch.equal(features.spatial_last_hidden_state, expected.spatial_last_hidden_state)
+        assert not torch.equal(features.pooler_output, expected.pooler_output)  # the rest is under it
 
     def test_save_and_load_keep_every_bit(self, tmp_path):
         model = tiny_model()
@@ -894,6 +1026,19 @@ class TestContract:
         with torch.no_grad():
             expected = model(input_ids=input_ids, pixel_values=pixels).logits
             assert torch.equal(copy.deepcopy(model)(input_ids=input_ids, pixel_values=pixels).logits, expected)
+
+    def test_a_layers_further_outputs_come_through_the_closing_block(self):
+        class Layer(torch.nn.Module):
+            def forward(self, hidden_states):
+                return hidden_states, "weights"
+
+        layer, states = Layer(), torch.randn(1, 16, 32)
+        layer.__class__ = woven_class(WovenDecoderLayerMixin, Layer)
+        layer.cross_attention_block = None
+        layer.closing_cross_attention_block = tiny_model().model.language_model.layers[0].cross_attention_block
+        hidden_states, weights = layer(states[:, :5], cross_attention_states=states)
+        assert torch.equal(hidden_states, layer.closing_cross_attention_block(states[:, :5], states))
+        assert weights == "weights"
 
     def test_layers_keep_the_name_of_their_class(self):
         model = tiny_model()

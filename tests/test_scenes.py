@@ -420,3 +420,17 @@ def test_command_line_writes_a_contact_sheet(tmp_path, capsys):
     scenes.main(["--out", str(tmp_path / "new"), "--n", "5"])
     assert Image.open(tmp_path / "new" / "scenes.png").size == (4 * 448, 2 * 448)
     assert capsys.readouterr().out.count("describe") == 5
+
+
+def test_numbers_and_colors_at_the_ends_of_their_ranges():
+    assert len(scenes.train_seeds(0)) == len(scenes.test_seeds(0)) == 0
+    make_scene(0, recolor={"black": ("teal", (0, 255, 255))})
+    assert describe_f1("", "") == 1.0 and describe_f1("", "a large red star") == 0.0
+    with pytest.raises(ValueError, match="'teal'"):
+        make_scene(0, recolor={"black": ("teal", (0, 1, 2)), "white": ("teal", (3, 4, 5))})
+
+
+def test_kinds_that_are_not_named_are_asked_once():
+    counts = Counter(kind for kind, _, _ in make_scene(2, questions_per_kind={"existence": 3})[1])
+    assert counts.pop("existence") == 3
+    assert set(counts.values()) == {1}

@@ -141,6 +141,18 @@ def test_half_precision_inputs(dtype):
         assert relative_error(value, reference) < max(3e-6, factor * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_full_precision_weights_of_a_half_precision_source_get_gradients_in_full_precision(dtype):
+    _, _, source, _ = random_inputs(2, 9, 6, 64, 2, dtype)
+    weights = random_inputs(2, 9, 6, 64, 2)[3].requires_grad_()
+    upstream = torch.randn(source.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    sums = neighborhood_aggregate(source, weights, 2)
+    actual = torch.autograd.grad(sums, weights, upstream)[0]
+    expected = reference_aggregate(source.double(), weights.double(), 2)
+    exact = torch.autograd.grad(expected, weights, upstream.double())[0]
+    assert relative_error(actual, exact) < 3e-6
+
+
 @pytest.mark.parametrize("tile_shape", [(3, 2), (100, 100)], ids=str)
 def test_gradcheck(monkeypatch, tile_shape):
     monkeypatch.setattr(op, "_tile_shape", lambda *_: tile_shape)

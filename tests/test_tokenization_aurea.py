@@ -127,6 +127,22 @@ def test_without_the_optional_files_the_configuration_suffices(folder):
     assert all(tokenizer(case["text"])["input_ids"] == case["slow_gpt2"] for case in FACTS["tokenizer"])
 
 
+def test_the_map_of_special_tokens_comes_before_the_configuration(folder):
+    edit_json(folder / "tokenizer_config.json", eos_token="<|user|>", bos_token="<|user|>")
+    edit_json(folder / "special_tokens_map.json", eos_token={"content": "<|end|>"}, bos_token=None)
+    tokenizer = build_tokenizer(folder)
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|end|>", "<|user|>")
+
+
+def test_settings_of_the_configuration_are_kept_and_no_space_is_put_in_front_without_one(folder):
+    edit_json(folder / "tokenizer_config.json", model_max_length=77, add_prefix_space=None)
+    tokenizer = build_tokenizer(folder)
+    assert tokenizer.model_max_length == 77
+    assert tokenizer("a")["input_ids"] == [64]
+    edit_json(folder / "tokenizer_config.json", add_prefix_space=True)
+    assert build_tokenizer(folder)("a")["input_ids"] == tokenizer(" a")["input_ids"]
+
+
 def test_tokens_only_in_added_tokens_are_special(folder):
     edit_json(folder / "tokenizer_config.json", added_tokens_decoder={})
     tokenizer = build_tokenizer(folder)

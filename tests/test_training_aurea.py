@@ -137,6 +137,17 @@ class TestSetTrainable:
             changed = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
             assert bool(changed) == (group in STAGES[stage]), group
 
+    def test_the_stages_are_the_published_ones(self):
+        recipe = {
+            "align": {"fusion", "projector", "cross_attention"},
+            "instruct": {"fusion", "projector", "cross_attention", "language_model"},
+            "full": {"vision", "spatial_vision", "fusion", "projector", "cross_attention", "language_model"},
+        }
+        assert STAGES.keys() == recipe.keys()
+        for stage, groups in recipe.items():
+            report = set_trainable(tiny_model(), stage)
+            assert {group for group, (trainable, _) in report.items() if trainable} == groups
+
     @pytest.mark.parametrize("stage", STAGES)
     def test_a_step_of_text_alone_gives_every_trainable_parameter_a_gradient(self, stage):
         model = tiny_model().train()

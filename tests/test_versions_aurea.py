@@ -9,8 +9,14 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import DynamicCache
 
-from transformers_aurea.versions_aurea import TESTED_VERSIONS, UntestedVersionError, names_untested_version
+from transformers_aurea.versions_aurea import (
+    TESTED_VERSIONS,
+    UntestedVersionError,
+    names_untested_version,
+    one_cache,
+)
 
 
 NOT_THERE = AttributeError("module has no attribute 'renamed'")
@@ -58,6 +64,14 @@ def test_it_is_said_once(untested):
     with pytest.raises(UntestedVersionError) as error:
         names_untested_version(names_untested_version(failing(NOT_THERE)))()
     assert error.value.__cause__ is NOT_THERE
+
+
+def test_one_cache_may_be_given_under_both_names():
+    cache = DynamicCache()
+    for arguments in ((cache, None), (None, cache), (cache, cache)):
+        assert one_cache(*arguments) is cache
+    with pytest.raises(ValueError, match="two names of one argument"):
+        one_cache(cache, DynamicCache())
 
 
 @pytest.mark.parametrize("place", ["__init__", "forward"])
