@@ -3,19 +3,19 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from test_integrations_aurea import ALL_FILES, run_without_package
+from safetensors.torch import load_file
+from test_integrations_aurea import ALL_FILES, AUTO_MAP, run_without_package
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from transformers_aurea import (
     AureaDataCollator,
     AureaForConditionalGeneration,
-    embedded_model,
+    AureaProcessor,
     embedded_model_path,
     set_trainable,
 )
@@ -37,13 +37,6 @@ def processor():
     return AutoProcessor.from_pretrained(embedded_model_path())
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Path:
-    """An empty HF_HOME."""
-    monkeypatch.setattr(embedded_model, "HF_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 def ask(model, processor, picture: Image.Image, question: str) -> str:
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
@@ -57,57 +50,39 @@ def ask(model, processor, picture: Image.Image, question: str) -> str:
     return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_folder_is_an_ordinary_model_folder(home):
+def test_folder_claims_no_code_that_it_does_not_hold():
     folder = Path(embedded_model_path())
-    assert {file.name for file in folder.iterdir()} == ALL_FILES
-    assert folder.is_relative_to(home)
+    assert {file.suffix for file in folder.iterdir()} == {".json", ".jinja", ".safetensors"}
+    assert not any("auto_map" in file.read_text() for file in folder.glob("*.json"))
     assert (folder / "model.safetensors").stat().st_size <= 10e6
 
 
-def test_folder_is_made_once(home):
-    folder = Path(embedded_model_path())
-    (folder / "note").touch()
-    assert Path(embedded_model_path()) == folder and (folder / "note").exists()
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+def test_saved_folder_is_an_ordinary_model_folder(tmp_path):
+    folder = tmp_path / "saved"
+    assert embedded_model_path(folder) == str(folder)
+    assert {file.name for file in folder.iterdir()} == ALL_FILES
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        assert json.loads((folder / name).read_text())["auto_map"] == {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    expected = load_file(Path(embedded_model_path(), "model.safetensors"))
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_changed_folder_is_moved_aside_and_made_anew(home):
-    folder = Path(embedded_model_path())
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(b"mine")
-    assert Path(embedded_model_path()) == folder
-    assert (folder / "model.safetensors").read_bytes() == weights
-    (aside,) = home.glob("*/embedded-*-changed-*/*")
-    assert (aside / "model.safetensors").read_bytes() == b"mine"
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        embedded_model_path(tmp_path / "file")
 
 
-def test_other_weights_get_another_folder(home, monkeypatch, tmp_path):
-    folder = embedded_model_path()
-    shutil.copytree(embedded_model.WEIGHTS, tmp_path / "weights")
-    (tmp_path / "weights" / "generation_config.json").write_text("{}")
-    monkeypatch.setattr(embedded_model, "WEIGHTS", tmp_path / "weights")
-    assert embedded_model_path() != folder
-
-
-def test_nothing_is_left_of_a_folder_that_could_not_be_finished(home, monkeypatch):
-    copytree = shutil.copytree
-
-    def out_of_space(source, target, **settings):
-        if settings:  # the copy under HF_HOME
-            Path(target, "config.json").touch()
-            raise OSError(28, "No space left on device")
-        copytree(source, target)
-
-    monkeypatch.setattr(embedded_model.shutil, "copytree", out_of_space)
-    with pytest.raises(OSError, match="No space left"):
-        embedded_model_path()
-    assert list((home / "transformers_aurea").iterdir()) == []
-
-
-def test_home_that_is_no_folder_is_named(home):
-    home.write_text("")
-    with pytest.raises(OSError, match=r"home.*cannot be written.*set HF_HOME"):
-        embedded_model_path()
+@pytest.mark.parametrize("trust_remote_code", [None, False, True])
+def test_folder_loads_wherever_the_package_is_imported(trust_remote_code):
+    settings = {} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}
+    assert type(AutoModelForImageTextToText.from_pretrained(embedded_model_path(), **settings)) is (
+        AureaForConditionalGeneration
+    )
+    assert type(AutoProcessor.from_pretrained(embedded_model_path(), **settings)) is AureaProcessor
 
 
 def test_size(model):
@@ -172,12 +147,11 @@ open("answer.json", "w").write(json.dumps(processor.decode(generated, skip_speci
 """
 
 
-def test_copied_folder_answers_where_the_package_is_not_installed(model, processor, tmp_path):
+def test_saved_folder_answers_where_the_package_is_not_installed(model, processor, tmp_path):
     picture, questions = make_scene(UNSEEN[0])
     _, question, _ = questions[-1]
     picture.save(tmp_path / "scene.png")
-    shutil.copytree(embedded_model_path(), tmp_path / "copied")
-    run_without_package(FRESH, tmp_path, tmp_path / "copied", tmp_path / "scene.png", question)
+    run_without_package(FRESH, tmp_path, embedded_model_path(tmp_path / "saved"), tmp_path / "scene.png", question)
     assert json.loads((tmp_path / "answer.json").read_text()) == ask(model, processor, picture, question)
 
 
