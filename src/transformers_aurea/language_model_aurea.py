@@ -147,15 +147,19 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
         UnfitLanguageModelError: the decoder's output does not reach the head.
     """
     prefix, _ = decoder_of(causal_lm)
-    del causal_lm._modules[prefix]
-    for name, module in causal_lm._modules.items():
+    delattr(causal_lm, prefix)
+    modules = dict(causal_lm.named_children())
+    parameters = dict(causal_lm.named_parameters(recurse=False))
+    buffers = dict(causal_lm.named_buffers(recurse=False))
+    saved = causal_lm.state_dict()
+    for name, module in modules.items():
         owner.register_module(name, module)
-    for name, parameter in causal_lm._parameters.items():
+    for name, parameter in parameters.items():
         owner.register_parameter(name, parameter)
-    for name, buffer in causal_lm._buffers.items():
-        owner.register_buffer(name, buffer, persistent=name not in causal_lm._non_persistent_buffers_set)
-    for own in (causal_lm._modules, causal_lm._parameters, causal_lm._buffers):
-        own.clear()
+    for name, buffer in buffers.items():
+        owner.register_buffer(name, buffer, persistent=name in saved)
+    for name in (*modules, *parameters, *buffers):
+        delattr(causal_lm, name)
     tied = causal_lm._tied_weights_keys or {}
     owner._tied_weights_keys = {
         name_in_owner(target, prefix, decoder): name_in_owner(source, prefix, decoder)

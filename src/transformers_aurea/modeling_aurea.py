@@ -262,13 +262,14 @@ def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> 
 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    config._attn_implementation = _encoder_attention(config, config._attn_implementation)
-    return AutoModel.from_config(config, **pooling_settings(config))
+    attn_implementation = _encoder_attention(config, config._attn_implementation)
+    return AutoModel.from_config(config, attn_implementation=attn_implementation, **pooling_settings(config))
 
 
 def _batch_norms(*encoders: PreTrainedModel) -> list[nn.Module]:
     modules = (module for encoder in encoders for module in encoder.modules())
-    return [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [module for module in modules if isinstance(module, kinds)]
 
 
 @contextmanager
@@ -950,11 +951,6 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         elif cross_attention_states is None and pixel_values is not None and not is_cached:
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
-
-    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.LongTensor | None:
-        if "position_ids" not in signature(self.causal_lm.forward).parameters:
-            return None  # `generate` leaves them to such a language model
-        return self.causal_lm._prepare_position_ids_for_generation(*args, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self.causal_lm._supports_default_dynamic_cache()
