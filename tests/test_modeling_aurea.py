@@ -8,6 +8,7 @@ from conftest import FIXTURES, IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -689,8 +690,12 @@ class TestTraining:
 
 
 class TestContract:
-    def test_published_dtype_policy(self, converted):
-        model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.bfloat16)
+    @pytest.mark.parametrize("origin", ["loaded", "new"])
+    def test_published_dtype_policy(self, converted, origin):
+        if origin == "loaded":
+            model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.bfloat16)
+        else:
+            model = AutoModelForImageTextToText.from_config(tiny_config(), dtype=torch.bfloat16)
         for name, parameter in model.named_parameters():
             keeps = "vision_model." in name or name.endswith("sigma_spatial")
             assert parameter.dtype == (torch.float32 if keeps else torch.bfloat16), name

@@ -222,7 +222,7 @@ def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     config._attn_implementation = _encoder_attention(config, config._attn_implementation)
-    return AutoModel.from_config(config, **pooling_settings(config))
+    return AutoModel.from_config(config, dtype=torch.float32, **pooling_settings(config))
 
 
 def _batch_norms(*encoders: PreTrainedModel) -> list[nn.Module]:
