@@ -1,4 +1,4 @@
-.PHONY: style quality test slow bench
+.PHONY: style quality test slow common bench
 
 style:
 	ruff check --fix .
@@ -13,6 +13,9 @@ test:
 
 slow:
 	python -m pytest -m "slow and not gpu"
+
+common:
+	python -m pytest -n 2 -rfE tests/common
 
 bench:
 	python hub_kernels/spatial-range-attention/build_local.py cpu

@@ -17,6 +17,7 @@ from transformers_aurea.convert_aurea_weights_to_hf import main as convert
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
+collect_ignore = ["common"]  # needs a network: `make common`
 
 # Sizes small enough for seconds on a CPU, and no two of them equal by accident.
 TINY_TEXT = {

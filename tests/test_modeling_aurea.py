@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -934,8 +935,12 @@ class TestTraining:
 
 
 class TestContract:
-    def test_published_dtype_policy(self, converted):
-        model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.bfloat16)
+    @pytest.mark.parametrize("origin", ["loaded", "new"])
+    def test_published_dtype_policy(self, converted, origin):
+        if origin == "loaded":
+            model = AureaForConditionalGeneration.from_pretrained(converted, dtype=torch.bfloat16)
+        else:
+            model = AutoModelForImageTextToText.from_config(tiny_config(), dtype=torch.bfloat16)
         for name, parameter in model.named_parameters():
             keeps = "vision_model." in name or name.endswith("sigma_spatial")
             assert parameter.dtype == (torch.float32 if keeps else torch.bfloat16), name
@@ -990,14 +995,18 @@ class TestContract:
         input_ids, pixels = batch_of_three(model.config)
         with torch.no_grad():
             output = model(input_ids=input_ids, pixel_values=pixels, output_attentions=True, output_hidden_states=True)
-            features = model.get_image_features(pixels, output_attentions=True, output_hidden_states=True)
         assert [tuple(a.shape) for a in output.attentions] == [(3, 4, 9, 9)] * 3
         assert [tuple(a.shape) for a in output.cross_attentions] == [(3, 4, 9, 32)] * 3
         assert [tuple(h.shape) for h in output.hidden_states] == [(3, 9, 32)] * 4
         sums = torch.stack(output.cross_attentions).sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums))
-        assert len(features.hidden_states) == len(features.spatial_hidden_states) == 3
-        assert len(features.attentions) == len(features.spatial_attentions) == 2
+        with torch.no_grad():
+            features = model.get_image_features(pixels, output_attentions=True, output_hidden_states=True)
+            assert model(input_ids=input_ids[:, 1:]).image_outputs is None
+        for outputs in (features, output.image_outputs):
+            assert torch.equal(outputs.pooler_output, output.image_hidden_states)
+            assert len(outputs.hidden_states) == len(outputs.spatial_hidden_states) == 3
+            assert len(outputs.attentions) == len(outputs.spatial_attentions) == 2
 
     @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 4, 8])], ids=["1", "3", "positions"])
     def test_logits_to_keep(self, kept):

@@ -1,8 +1,9 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""What an untested release of transformers says when something fails."""
+"""What an untested release of transformers says when something fails, and the two names of the cache."""
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache
 
+from transformers_aurea import versions_aurea
 from transformers_aurea.versions_aurea import (
     TESTED_VERSIONS,
     UntestedVersionError,
@@ -99,3 +101,15 @@ model(torch.tensor([[3]]))
 def test_the_installed_release_is_among_the_tested_ones():
     oldest, newest = (Version(version).release for version in TESTED_VERSIONS)
     assert oldest <= Version(transformers.__version__).release[:2] <= newest
+
+
+@pytest.mark.parametrize("name, warned", [("cache", 1), ("past_key_values", 0)])
+def test_the_former_name_of_the_cache_is_deprecated_where_transformers_has_another(monkeypatch, name, warned):
+    monkeypatch.setattr(versions_aurea, "CACHE_NAME", name)
+    cache = DynamicCache()
+    with warnings.catch_warnings(record=True) as messages:
+        warnings.simplefilter("always")
+        assert one_cache(cache, None) is cache
+        assert not messages
+        assert one_cache(None, cache) is cache
+    assert [str(message.message).split(":")[0] for message in messages] == ["`past_key_values` is deprecated"] * warned

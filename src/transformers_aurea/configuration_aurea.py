@@ -193,7 +193,13 @@ class AureaConfig(PreTrainedConfig):
     """
 
     model_type = "aurea"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states", "auxiliary_losses"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "image_outputs",
+        "auxiliary_losses",
+    ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, model_type="siglip_vision_model", init_kwargs=_SIGLIP2_SO400M),
         "spatial_vision_config": SubConfigSpec(

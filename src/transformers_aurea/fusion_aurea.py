@@ -59,7 +59,7 @@ class SpatialRangeAttention(GradientCheckpointingLayer):
         self.range_proj = PointwiseProjection(dim, dim, nn.SiLU())
         self.fixup_proj = PointwiseProjection(num_neighbors + dim, num_neighbors, nn.SiLU())
         self.output_proj = PointwiseProjection(dim, dim, nn.Identity())
-        self.sigma_spatial = nn.Parameter(torch.ones(1))  # FSDP2 shards no 0-dimensional parameter
+        self.sigma_spatial = nn.Parameter(torch.ones(1, dtype=torch.float32))  # FSDP2 shards no 0-dimensional one
         self.spatial_range_weights = SpatialRangeWeights()
         self.neighborhood_aggregate = NeighborhoodAggregate()
 

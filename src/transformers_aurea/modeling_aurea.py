@@ -122,6 +122,8 @@ class AureaModelOutputWithPast(BaseModelOutputWithPast):
             One `(batch_size, num_heads, sequence_length, num_visual_tokens)` per cross-attention block.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_patches, hidden_size)`, *optional*):
             The projected features of the pictures given in this call.
+        image_outputs ([`AureaImageFeaturesOutput`], *optional*):
+            All that the encoders, fusion and projector made of these pictures.
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*):
             See [`AureaImageFeaturesOutput`].
         decoder_output (`ModelOutput`, *optional*, with `return_decoder_output=True`):
@@ -130,6 +132,7 @@ class AureaModelOutputWithPast(BaseModelOutputWithPast):
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: AureaImageFeaturesOutput | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
     decoder_output: ModelOutput | None = None
 
@@ -142,7 +145,7 @@ class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
             The language model's own loss of the next token and, in training, the weighted auxiliary losses.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the language modelling head before the softmax.
-        past_key_values or cache, hidden_states, attentions, cross_attentions, image_hidden_states:
+        past_key_values or cache, hidden_states, attentions, cross_attentions, image_hidden_states, image_outputs:
             See [`AureaModelOutputWithPast`].
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
             Means over the pictures of this call, not weighted and without gradient, to be logged.
@@ -152,6 +155,7 @@ class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: AureaImageFeaturesOutput | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -262,8 +266,8 @@ def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> 
 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    attn_implementation = _encoder_attention(config, config._attn_implementation)
-    return AutoModel.from_config(config, attn_implementation=attn_implementation, **pooling_settings(config))
+    settings = {"attn_implementation": _encoder_attention(config, config._attn_implementation), "dtype": torch.float32}
+    return AutoModel.from_config(config, **settings, **pooling_settings(config))
 
 
 def _batch_norms(*encoders: PreTrainedModel) -> list[nn.Module]:
@@ -598,7 +602,7 @@ class AureaModel(AureaPreTrainedModel):
             raise ValueError("Give the pictures as `pixel_values` or as `cross_attention_states`, not both.")
 
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)  # (batch, T)
-        image_features = auxiliary_losses = None
+        image_outputs = image_features = auxiliary_losses = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
             seen = cache.images_seen if isinstance(cache, VisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
@@ -607,7 +611,8 @@ class AureaModel(AureaPreTrainedModel):
                     f"`{CACHE_NAME}` holds text that was read before its row's first picture. Without a cache it "
                     "would see that picture. Give the whole text again and an empty cache to have it so."
                 )
-            image_outputs = self.get_image_features(pixel_values)
+            wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, **wanted)
             image_features, auxiliary_losses = image_outputs.pooler_output, image_outputs.auxiliary_losses
             cross_attention_states, num_images = _group_by_row(image_features, counts)  # (batch, M·N, C)
         elif cross_attention_states is None and cache is None and self._needs_image_branch():
@@ -653,6 +658,7 @@ class AureaModel(AureaPreTrainedModel):
             attentions=outputs.attentions,
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
             image_hidden_states=image_features,
+            image_outputs=image_outputs,
             auxiliary_losses=auxiliary_losses,
             decoder_output=outputs if return_decoder_output else None,
         )
@@ -916,6 +922,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             auxiliary_losses={name: losses.detach().mean() for name, losses in auxiliary_losses.items()}
             if auxiliary_losses and outputs.image_hidden_states is not None
             else None,

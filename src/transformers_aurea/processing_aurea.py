@@ -273,22 +273,19 @@ class AureaProcessor(ProcessorMixin):
         nested = isinstance(images, (list, tuple)) and any(_is_row(entry) for entry in images)
         counts = _count_images(images) if images is not None else [0]
         if nested and len(counts) != len(text):
-            raise ValueError(
-                f"Image features and image tokens do not match: the nested list of images has {len(counts)} rows for "
-                f"{len(text)} texts. Give one list per text, or a flat list"
-            )
-        if nested:
-            for row, (num_images, num_tokens) in enumerate(zip(counts, placeholders)):
-                if num_images != num_tokens:
-                    raise ValueError(
-                        f"Image features and image tokens do not match: row {row} has {num_images} images and "
-                        f"{num_tokens} placeholders {self.image_token!r}"
-                    )
-        if sum(counts) != sum(placeholders):
-            raise ValueError(
-                f"Image features and image tokens do not match: {sum(counts)} images for {sum(placeholders)} "
-                f"placeholders {self.image_token!r}, by row {placeholders}"
-            )
+            mismatch = f"the nested list of images has {len(counts)} rows for {len(text)} texts"
+        elif nested and counts != placeholders:
+            row = next(row for row, count in enumerate(counts) if count != placeholders[row])
+            mismatch = f"row {row} has {counts[row]} images and {placeholders[row]} placeholders {self.image_token!r}"
+        elif sum(counts) != sum(placeholders):
+            tokens = f"{sum(placeholders)} placeholders {self.image_token!r}, by row {placeholders}"
+            mismatch = f"{sum(counts)} images for {tokens}"
+        else:
+            return
+        raise ValueError(
+            f"Image features and image tokens do not match: {mismatch}. The number of image tokens in the prompts "
+            "should be the same as the number of images. Give a flat list of images, or one list per text"
+        )
 
     def _process_images(self, images: ImageInput, **kwargs):
         replacements = [self.image_token] * sum(_count_images(images))

@@ -2,6 +2,7 @@
 """What differs between the releases of transformers: the name of the cache, and a word on releases nobody tried."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from inspect import signature
 
@@ -20,11 +21,13 @@ CACHE_NAME = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, given under either of its names.
+    """The cache, given under either of its names; the former one is deprecated where transformers has deprecated it.
 
     Raises:
         ValueError: two different ones were given.
     """
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated: the argument is `cache` now.", FutureWarning, stacklevel=3)
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("`cache` and `past_key_values` are two names of one argument. Give one of them.")
     return past_key_values if cache is None else cache
