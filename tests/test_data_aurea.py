@@ -452,10 +452,6 @@ BAD_ROWS = {
     "video": (bad(messages=[user({"type": "video"}, "a")]), "turn 0 contains 'video'"),
     "picture without placeholder": (bad(messages=[user("a"), assistant("b")]), "1 images for 0 placeholders"),
     "placeholder without picture": (bad(images=[]), "0 images for 1 placeholders"),
-    "placeholder as a text": (
-        bad(messages=[user(IMAGE, "<|image|>"), assistant("b")]),
-        "Image features and image tokens do not match",
-    ),
     "missing picture": (bad(images=["no/such.png"]), "picture 0, no/such.png, cannot be read: it is neither an exist"),
     "corrupt picture": (bad(images=[png()[:200]]), "picture 0, cannot be read: "),
     "no picture at all": (bad(images=[b"text"]), "picture 0, cannot be read: cannot identify"),
@@ -491,6 +487,23 @@ def test_bad_row_stops_the_training_or_is_left_out_by_name(processor, row, reaso
     assert trained_texts(processor, batch) == ["Aurea<|end|>", ""]
     ((identity, explanation),) = collator.skipped
     assert identity == ("row 1 of its batch" if row == "bad" else "bad") and re.search(reason, explanation)
+
+
+CONTROL_WORDS = "<|image|> and <|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED_TEMPLATE, "{{ messages | length }}" + UNMARKED_TEMPLATE])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_control_tokens_in_words_are_text(processor, template, train_on):
+    other = AureaProcessor(processor.image_processor, processor.tokenizer, chat_template=template)
+    row = {"messages": [user(IMAGE, CONTROL_WORDS), assistant(CONTROL_WORDS)], "images": [picture()]}
+    batch = AureaDataCollator(other, train_on=train_on)([row])
+    known = processor.tokenizer.added_tokens_decoder
+    names = [known[idx].content for idx in batch["input_ids"][0].tolist() if idx in known]
+    structure = ["<|system|>", "<|end|>", "<|user|>", "<|image|>", "<|end|>", "<|assistant|>", "<|end|>"]
+    assert names == structure and len(batch["pixel_values"]) == 1
+    if train_on == "assistant":
+        assert trained_texts(processor, batch) == [f"{CONTROL_WORDS}<|end|>"]
 
 
 def test_skipping_warns_once_per_row(processor, monkeypatch):

@@ -427,6 +427,7 @@ class AureaDataCollator:
         are trained on, `(T,)`, one conversation after another."""
         # Lists, since the assistant mask is made token by token, which takes far longer with tensors.
         if self.train_on == "assistant" and not self._template_marks_answers:
+            conversations = self.processor.mark_words(conversations)
             texts, spans = zip(*(self._render(messages) for messages in conversations))
             rows_of_images = [images, *[[]] * (len(texts) - 1)] if images else None
             inputs = self.processor(text=list(texts), images=rows_of_images, return_offsets_mapping=True)
