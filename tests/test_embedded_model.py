@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_integrations_aurea import ALL_FILES, run_without_package
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, pipeline
 
 from transformers_aurea import (
     AureaDataCollator,
@@ -42,6 +42,14 @@ def home(tmp_path, monkeypatch) -> Path:
     """An empty HF_HOME."""
     monkeypatch.setattr(embedded_model, "HF_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+def example(name: str):
+    """An example script as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def ask(model, processor, picture: Image.Image, question: str) -> str:
@@ -116,10 +124,7 @@ def test_size(model):
 
 
 def test_unseen_scenes_are_answered_and_black_pictures_are_not(model, processor):
-    spec = importlib.util.spec_from_file_location("evaluate_scenes", EXAMPLES / "evaluate_scenes.py")
-    evaluate_scenes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate_scenes)
-    scores = evaluate_scenes.evaluate(model, processor, UNSEEN)
+    scores = example("evaluate_scenes").evaluate(model, processor, UNSEEN)
     assert scores["all"]["exact_match"] >= 0.95
     assert scores["describe"]["exact_match_f1"] >= 0.95
     for kind in KINDS:
@@ -179,6 +184,44 @@ def test_copied_folder_answers_where_the_package_is_not_installed(model, process
     shutil.copytree(embedded_model_path(), tmp_path / "copied")
     run_without_package(FRESH, tmp_path, tmp_path / "copied", tmp_path / "scene.png", question)
     assert json.loads((tmp_path / "answer.json").read_text()) == ask(model, processor, picture, question)
+
+
+def test_template_writes_openai_messages(processor):
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "text", "text": "a"}],
+        },
+        {"role": "assistant", "content": None},
+    ]
+    expected = "<|user|><|image|>a<|end|><|assistant|><|end|>"
+    assert processor.apply_chat_template(chat) == expected
+    # As it is rendered without the processor.
+    assert (
+        processor.tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, tokenize=False)
+        == expected
+    )
+
+
+def test_template_and_generation_config_are_those_of_the_script(processor):
+    script = example("make_embedded_model")
+    assert processor.chat_template == script.CHAT_TEMPLATE
+    written = script.make_generation_config(script.make_tokenizer()).to_diff_dict()
+    embedded = json.loads((embedded_model.WEIGHTS / "generation_config.json").read_text())
+    assert embedded == {**written, "transformers_version": embedded["transformers_version"]}
+
+
+def test_no_picture_is_generated(processor):
+    model = AutoModelForImageTextToText.from_pretrained(embedded_model_path()).eval()
+    image_token = processor.image_token_id
+    index = torch.tensor([image_token])
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, index, 1e4))
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert (model.generate(**inputs, suppress_tokens=[0])[0, inputs["input_ids"].shape[1] :] == image_token).all()
+    for settings in ({}, {"generation_config": GenerationConfig(do_sample=True, max_new_tokens=20)}, {"num_beams": 2}):
+        assert not (model.generate(**inputs, **settings) == image_token).any()
 
 
 def test_template_refuses_unknown_roles_and_contents(processor):

@@ -396,9 +396,10 @@ def _build_tokenizer(folder: Path) -> GPT2Tokenizer:
         raise ConversionError(f"{folder} holds no usable tokenizer: {error}") from error
 
 
-def build_generation_config(folder: Path) -> GenerationConfig:
-    """The published sampling defaults and stop tokens. The published repetition penalty spares the prompt, which the
-    setting of that name does not: `published_sampling` has it."""
+def build_generation_config(folder: Path, image_token_id: int) -> GenerationConfig:
+    """The published sampling defaults and stop tokens; no placeholder is generated, which no picture would fill. The
+    published repetition penalty spares the prompt, which the setting of that name does not: `published_sampling` has
+    it."""
     published = _read_json(folder / "generation_config.json")
     if not isinstance(published, dict) or not {"bos_token_id", "eos_token_id", "pad_token_id"} <= published.keys():
         raise ConversionError(
@@ -412,6 +413,7 @@ def build_generation_config(folder: Path) -> GenerationConfig:
         bos_token_id=published["bos_token_id"],
         eos_token_id=published["eos_token_id"],
         pad_token_id=published["pad_token_id"],
+        suppress_tokens=[image_token_id],
     )
 
 
@@ -462,7 +464,7 @@ def convert(
         )
     tokenizer = _build_tokenizer(folder)
     config = build_config(folder, sizes, tokenizer.convert_tokens_to_ids("<|image|>"))
-    companions = [build_generation_config(folder), build_processor(tokenizer, config, sizes)]
+    companions = [build_generation_config(folder, config.image_token_id), build_processor(tokenizer, config, sizes)]
     published = PublishedCheckpoint(folder, config)
     dtype = dtype if dtype is not None else published.dtype()
     config.dtype = dtype

@@ -210,6 +210,8 @@ def model_from_parts(
     _make_room_for_image_token(model)
     if language_model.can_generate():
         model.generation_config = language_model.generation_config
+    suppressed = {*(model.generation_config.suppress_tokens or ()), model.config.image_token_id}
+    model.generation_config.suppress_tokens = sorted(suppressed)  # no picture would fill a generated placeholder
     return model
 
 
