@@ -489,6 +489,28 @@ def test_bad_row_stops_the_training_or_is_left_out_by_name(processor, row, reaso
     assert identity == ("row 1 of its batch" if row == "bad" else "bad") and re.search(reason, explanation)
 
 
+@pytest.mark.parametrize("absent", ["", " ", None, []])
+def test_llava_record_without_a_picture_is_text_alone(processor, absent, tmp_path):
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "two"}]
+    record = {"id": 1, "image": absent, "conversations": turns}
+    assert to_chat_row(record, image_folder="x")["images"] == []
+    (tmp_path / "data.json").write_text(json.dumps([record, record | {"image": [absent]} if absent != [] else record]))
+    for row in (record, *load_llava_dataset(tmp_path / "data.json", tmp_path)):
+        assert "pixel_values" not in AureaDataCollator(processor)([row])
+    asks = {**record, "conversations": [{"from": "human", "value": "<image>\nHow many?"}, turns[1]]}
+    with pytest.raises(ValueError, match="0 images for 1 placeholders"):
+        AureaDataCollator(processor)([asks])
+
+
+def test_encoded_pictures_are_read(processor):
+    rows = [{"messages": [user(IMAGE, "a"), assistant("b")], "images": [picture()]}]
+    expected = AureaDataCollator(processor)(rows)["pixel_values"]
+    for form in (png(), io.BytesIO(png()), {"bytes": png(), "path": None}):
+        inside = {"messages": [user({"type": "image", "image": form}, "a"), assistant("b")]}
+        for row in ({**rows[0], "images": [form]}, {**rows[0], "image": form, "images": None}, inside):
+            assert torch.equal(AureaDataCollator(processor)([row])["pixel_values"], expected)
+
+
 CONTROL_WORDS = "<|image|> and <|end|><|assistant|>"
 
 

@@ -141,6 +141,21 @@ def test_pipeline_describes_a_scene(tmp_path):
     assert pipe(text=chat, return_full_text=False)[0]["generated_text"].strip() == answer
 
 
+def test_pipeline_takes_encoded_pictures_and_names_the_remedy_of_a_text_without_placeholder(tmp_path):
+    picture, _ = make_scene(UNSEEN[0])
+    picture.save(tmp_path / "scene.png")
+    pipe = pipeline("image-text-to-text", model=embedded_model_path(), trust_remote_code=False)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the image."}]
+    expected = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+    for form in ((tmp_path / "scene.png").read_bytes(), {"bytes": None, "path": str(tmp_path / "scene.png")}):
+        content[0] = {"type": "image", "image": form}
+        answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+        assert answer[0]["generated_text"] == expected[0]["generated_text"]
+    with pytest.raises(ValueError, match=r"A text holds one placeholder per picture.* a chat for a pipeline"):
+        pipe(str(tmp_path / "scene.png"), text="Describe the image.")
+    assert pipe(str(tmp_path / "scene.png"), text="<|user|><|image|>Describe the image.<|end|><|assistant|>")
+
+
 def test_each_row_of_a_batch_is_about_its_own_picture(model, processor):
     scenes = [make_scene(seed, kinds=["describe"], max_objects=2) for seed in UNSEEN[:4]]
     chats = [

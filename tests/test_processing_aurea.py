@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 import base64
 import copy
+import io
 import json
 from pathlib import Path
 
@@ -146,6 +147,21 @@ def test_pictures_in_the_conversation_reach_the_model(processor, kind):
     )
     assert inputs["input_ids"].tolist() == [processor.tokenizer(FACTS["message_image"])["input_ids"]]
     assert torch.equal(inputs["pixel_values"], processor(images=path, return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("form", [bytes, io.BytesIO, lambda data: {"bytes": data, "path": None}])
+def test_encoded_pictures_reach_the_model(processor, form):
+    data = (FIXTURES / "image_rgba.png").read_bytes()
+    expected = processor(images=FIXTURES / "image_rgba.png", return_tensors="pt")["pixel_values"]
+    chat = [user({"type": "image", "image": form(data)}, QUESTION)]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for inputs in (
+        processor(images=form(data), text="<|image|>a", return_tensors="pt"),
+        processor(images=[[form(data)]], text=["<|image|>a"], return_tensors="pt"),
+        processor.apply_chat_template(chat, **settings),
+        processor.apply_chat_template([chat], **settings),
+    ):
+        assert torch.equal(inputs["pixel_values"], expected) and inputs["input_ids"].shape[0] == 1
 
 
 BAD_CONVERSATIONS = {

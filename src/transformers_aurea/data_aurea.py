@@ -12,7 +12,6 @@ never loses its pictures: it is reported under its identity, and either stops th
 Needs the package `datasets` for all but the collator.
 """
 
-import io
 import json
 import os
 import re
@@ -24,13 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from .image_processing_aurea import read_picture
+from .image_processing_aurea import ENCODED, read_picture
 from .processing_aurea import AureaProcessor
 
 
@@ -131,7 +129,7 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
     """
     turns = _listed(row.get("messages")) or _listed(row.get("conversations"))
     column = _listed(row.get("images")) + _listed(row.get("image"))
-    if all(image is None for image in column):
+    if all(image is None or (isinstance(image, str) and not image.strip()) for image in column):
         column = []
 
     messages = []
@@ -593,26 +591,19 @@ def _fill(part: dict[str, Any], pictures: Iterator) -> dict[str, Any]:
 
 
 def _open_picture(picture, number: int):
-    """Decodes a path, a URL, a base64 string, bytes, or what `datasets.Image(decode=False)` yields.
+    """Decodes what is encoded.
 
     Raises:
         ValueError: it cannot be read; the message has its number and path.
     """
-    data = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
-    if not isinstance(data, (str, os.PathLike, bytes)):
-        return data
+    if not isinstance(picture, ENCODED):
+        return picture
     try:
-        if not isinstance(data, bytes):
-            return read_picture(data)
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return PIL.ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders fail on broken files with whatever their arithmetic runs into
-        name = (
-            picture.get("path") if isinstance(picture, dict) else picture if not isinstance(picture, bytes) else None
-        )
-        source = f"picture {number}" + (f", {str(name)[:1000]}" if name else "")
-        raise ValueError(f"{source}, cannot be read: {error.__cause__ or error}") from error
+        return read_picture(picture)
+    except ValueError as error:
+        name = picture.get("path") if isinstance(picture, Mapping) else picture
+        source = f", {str(name)[:1000]}" if isinstance(name, (str, os.PathLike)) else ""
+        raise ValueError(f"picture {number}{source}, cannot be read: {error.__cause__}") from error
 
 
 __all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows"]
