@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Tokenizer
@@ -353,9 +353,7 @@ def build_config(folder: Path, sizes: dict | None, image_token_id: int) -> Aurea
     else:
         try:
             config = config_from_sizes(sizes, image_token_id)
-        except ConversionError:
-            raise
-        except Exception as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
             raise ConversionError(f"The sizes given with --config make no model: {error}") from error
     if image_token_id >= config.text_config.vocab_size:
         raise ConversionError(
@@ -392,7 +390,7 @@ def _read_json(path: Path) -> dict:
 def _build_tokenizer(folder: Path) -> GPT2Tokenizer:
     try:
         return build_tokenizer(folder)
-    except Exception as error:
+    except Exception as error:  # what the tokenizers library raises has no other type
         raise ConversionError(f"{folder} holds no usable tokenizer: {error}") from error
 
 
