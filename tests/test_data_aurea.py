@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from PIL import Image
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from transformers_aurea import AureaForConditionalGeneration
 from transformers_aurea.data_aurea import (
@@ -18,6 +18,7 @@ from transformers_aurea.data_aurea import (
     load_llava_dataset,
     to_chat_row,
     to_chat_rows,
+    with_lengths,
 )
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
 from transformers_aurea.processing_aurea import CHAT_TEMPLATE, AureaProcessor
@@ -615,6 +616,38 @@ def test_plain_trainer_learns_from_llava_files(llava, converted, golden_processo
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+
+
+def test_rows_are_grouped_by_length(processor, converted, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = ["ab" * length for length in (1, 9, 2, 8, 3, 7)]
+    turns = [[user(IMAGE, text), assistant("b")] for text in texts]
+    rows = datasets.Dataset.from_list([{"messages": messages, "images": [png()]} for messages in turns])
+    rows = with_lengths(to_chat_rows(rows), processor)
+    assert rows["length"] == [1 + len(processor.tokenizer(text)["input_ids"]) + 1 for text in texts]
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, train_sampling_strategy="group_by_length", use_cpu=True
+    )
+    model = AureaForConditionalGeneration.from_pretrained(converted)
+    trainer = Trainer(model, arguments, AureaDataCollator(processor), train_dataset=rows)
+    assert sorted(trainer.get_train_dataloader().sampler) == list(range(6))
+    next(iter(trainer.get_train_dataloader()))
+    bare = Trainer(model, arguments, AureaDataCollator(processor), train_dataset=rows.remove_columns("length"))
+    with pytest.raises(ValueError, match="infer lengths"):
+        bare.get_train_dataloader()
+
+
+def test_seq2seq_trainer_pads_what_it_generates(golden_processor, converted, tmp_path):
+    model = AureaForConditionalGeneration.from_pretrained(converted)
+    model.generation_config.max_length = 400
+    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, **settings)
+    rows = [{"messages": [user(IMAGE, "a"), assistant("b")], "images": [picture()]}]
+    trainer = Seq2SeqTrainer(
+        model, arguments, AureaDataCollator(golden_processor), eval_dataset=rows, processing_class=golden_processor
+    )
+    found = trainer.predict(rows, max_new_tokens=2).predictions
+    assert found.shape == (1, 400) and found[0, -1] == golden_processor.tokenizer.pad_token_id
 
 
 # independent turns

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
@@ -40,6 +41,8 @@ logger = logging.get_logger(__name__)
 ROLES = ("system", "user", "assistant")
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")  # under which a part of a content holds its picture
+# What is wrong with a row's structure or pictures, and what chat templates run into.
+ROW_ERRORS = (ValueError, TypeError, AttributeError, LookupError, TemplateError)
 IGNORED = -100  # the label of a token that is not trained on
 
 # The line break with which LLaVA sets a placeholder apart is no part of the text.
@@ -114,6 +117,18 @@ def to_chat_rows(
         remove_columns=columns,
         features=_row_features(datasets.Image(decode=False)),
     )
+
+
+def with_lengths(dataset: "datasets.Dataset", processor: AureaProcessor) -> "datasets.Dataset":
+    """Rows of `load_llava_dataset` or `to_chat_rows` with a column `length`, the number of tokens of their words and
+    pictures, by which `Trainer` forms batches of like length: `train_sampling_strategy="group_by_length"` or
+    `"batch_rebalance"`."""
+    lengths = []
+    for row in dataset.select_columns("messages"):
+        texts = [part["text"] or "" for message in row["messages"] for part in message["content"]]
+        tokens = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        lengths.append(sum(max(len(ids), 1) for ids in tokens))  # a picture is one
+    return dataset.add_column("length", lengths)
 
 
 def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str | None = None) -> dict[str, Any]:
@@ -274,8 +289,9 @@ class AureaDataCollator:
     r"""Rows of conversations and pictures → a batch for `Trainer`, trained on the assistant's answers only.
 
     Takes any mixture of rows with no, one and several pictures, in every form that `to_chat_row` understands.
-    `Trainer` needs `remove_unused_columns=False` to hand them on. A dataset that is streamed to several processes
-    needs `accelerator_config={"dispatch_batches": False}` too: accelerate would cut a batch's pictures by its rows.
+    `Trainer` needs `remove_unused_columns=False` to hand them on, and `with_lengths` to group them by length. A
+    dataset that is streamed to several processes needs `accelerator_config={"dispatch_batches": False}` too:
+    accelerate would cut a batch's pictures by its rows.
 
     Args:
         processor (`AureaProcessor`): its chat template decides what is trained on: what it writes between
@@ -343,7 +359,7 @@ class AureaDataCollator:
         for position, row in enumerate(rows):
             try:
                 encoded.append(self.encode(row))
-            except Exception as error:  # templates and picture decoders fail with whatever they run into
+            except ROW_ERRORS as error:
                 identity, reason = _identify(row, position), _explain(error)
                 if self.on_error == "raise":
                     raise ValueError(f"{identity}: {reason}") from error
@@ -536,7 +552,7 @@ def check_dataset(
     for index, row in enumerate(logging.tqdm(dataset, desc="Checking rows", unit="row")):
         try:
             collator.encode(row)
-        except Exception as error:
+        except ROW_ERRORS as error:
             bad_rows.append((_identify({"id": f"row {index}"} | _without_none(row)), _explain(error)))
     return bad_rows
 
@@ -606,4 +622,4 @@ def _open_picture(picture, number: int):
         raise ValueError(f"picture {number}{source}, cannot be read: {error.__cause__}") from error
 
 
-__all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows"]
+__all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows", "with_lengths"]

@@ -364,6 +364,12 @@ class AureaProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=ones, num_image_patches=list(ones))
 
     @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's, else what ends its texts; `Seq2SeqTrainer` pads what it generates with it."""
+        pad_token_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id
+
+    @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]
 
