@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
 
@@ -177,4 +178,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()
