@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from transformers_aurea import AureaForConditionalGeneration, set_trainable
+from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import KINDS
 
@@ -128,4 +129,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
+from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.scenes import (
     IMAGE_SIZE,
     KINDS,
@@ -180,4 +181,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

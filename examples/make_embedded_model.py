@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
 
@@ -25,18 +26,18 @@ CHAT_TEMPLATE = """
 {%- macro render(content) -%}
     {%- if content is string -%}
         {{- content -}}
-    {%- else -%}
+    {%- elif content is not none -%}
         {%- for part in content -%}
-            {%- if part['type'] not in ('image', 'text') -%}
-                {{- raise_exception("Contents are text and image, not " + part['type']) -}}
+            {%- if part['type'] not in ('image', 'image_url', 'text') -%}
+                {{- raise_exception("Contents are text and image, not " ~ part['type']) -}}
             {%- endif -%}
-            {{- '<|image|>' if part['type'] == 'image' else part['text'] -}}
+            {{- part['text'] if part['type'] == 'text' else '<|image|>' -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
 {%- for message in messages -%}
     {%- if message['role'] not in ('system', 'user', 'assistant') -%}
-        {{- raise_exception("Roles are system, user and assistant, not " + message['role']) -}}
+        {{- raise_exception("Roles are system, user and assistant, not " ~ message['role']) -}}
     {%- endif -%}
     {{- '<|' + message['role'] + '|>' -}}
     {%- if message['role'] == 'assistant' -%}
@@ -123,6 +124,16 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
     )
 
 
+def make_generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=48,
+        suppress_tokens=[tokenizer.convert_tokens_to_ids("<|image|>")],  # a picture is shown, not said
+    )
+
+
 def grid_waves(side: int, width: int) -> torch.Tensor:
     """Sines and cosines of the column, then of the row, of each of side × side patches: (side², width)."""
     place = (torch.arange(side) + 0.5) / side
@@ -160,16 +171,12 @@ def main():
     torch.manual_seed(args.seed)
     model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, args.fusion_type))
     let_patches_differ(model)
-    model.generation_config = GenerationConfig(
-        bos_token_id=processor.tokenizer.bos_token_id,
-        eos_token_id=processor.tokenizer.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        max_new_tokens=48,
-    )
+    model.generation_config = make_generation_config(processor.tokenizer)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+from transformers_aurea.command_line import errors_in_one_line
 
 
 METRIC = "exact_match"
@@ -35,9 +35,10 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="output_dir of trainings")
     parser.add_argument("--output", type=Path, default=Path("training.svg"), help="SVG or PNG")
     args = parser.parse_args()
+    logs = {folder: json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in args.folders}
+    import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "aurea"  # the same figures make the same file
-    logs = {folder: json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in args.folders}
     was_evaluated = any(is_metric(name) for log in logs.values() for entry in log for name in entry)
     panels = 2 if was_evaluated else 1
     figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 3.2), layout="constrained", squeeze=False)
@@ -59,4 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

@@ -12,6 +12,7 @@ import argparse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
+from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.scenes import make_scene, test_seeds
 
 
@@ -54,4 +55,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

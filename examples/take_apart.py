@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
+from transformers_aurea.command_line import errors_in_one_line
 
 
 def main():
@@ -52,4 +53,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

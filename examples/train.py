@@ -19,7 +19,7 @@ import logging
 import os
 import zipfile
 from argparse import ArgumentParser
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,7 +36,8 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaProcessor, embedded_model_path
-from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows
+from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows, with_lengths
 from transformers_aurea.parts_aurea import check_overrides
 from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
@@ -53,6 +54,13 @@ from transformers_aurea.training_aurea import (
 
 
 logger = logging.getLogger("train")
+
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+# What an adapter names as its base: where the embedded model's folder is differs from machine to machine.
+EMBEDDED_MODEL = "transformers_aurea.embedded_model_path()"
+
+# Options that may differ where a training goes on.
+NOT_THE_RUN = ("use_kernels", "streaming", "on_error", "eval_dataset", "eval_scenes")
 
 
 @dataclass
@@ -122,7 +130,7 @@ def parse_json(name: str, text: str):
 
 
 def check_options(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments):
-    """Refuses options that would do nothing, before anything is loaded."""
+    """Refuses options that are wrong or would do nothing, before anything is loaded."""
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
     if training_args.do_eval and data_args.eval_dataset is None and data_args.dataset != "scenes":
@@ -130,9 +138,35 @@ def check_options(model_args: ModelArguments, data_args: DataArguments, training
     for name, least in {"scenes": 1, "eval_scenes": 1, "first_scene": 0}.items():
         if getattr(data_args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(data_args, name)}.")
-    if model_args.lora_words and not model_args.lora:
+    for name in ("curriculum", "questions_per_kind", "recolor"):
+        parse_json(name, getattr(data_args, name))
+    for name in (data_args.dataset, data_args.eval_dataset or ""):
+        if name.endswith((".json", ".jsonl")) and data_args.image_folder is None:
+            raise ValueError(f"--dataset {name} needs --image_folder, the folder of its pictures.")
+    if training_args.train_sampling_strategy in BY_LENGTH and "scenes" in (data_args.dataset, data_args.eval_dataset):
+        raise ValueError(
+            f"--train_sampling_strategy {training_args.train_sampling_strategy} needs lengths known beforehand, and "
+            "scenes are made while training: use random or sequential."
+        )
+    check_model_options(model_args)
+
+
+def check_model_options(args: ModelArguments):
+    overrides = parse_json("config_overrides", args.config_overrides)
+    if not isinstance(overrides, dict):
+        raise ValueError(
+            f'--config_overrides must be like {{"feature_fusion_config": {{"radius": 2}}}}, got '
+            f"{args.config_overrides}."
+        )
+    check_overrides(overrides)
+    parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
+    missing = [f"--{name}" for name, part in parts.items() if part is None]
+    if len(missing) < len(parts) and (missing or args.model_name_or_path is not None):
+        problem = f"{', '.join(missing)} not given" if missing else "--model_name_or_path given too"
+        raise ValueError(f"Give --model_name_or_path, or all three parts: {problem}.")
+    if args.lora_words and not args.lora:
         raise ValueError("--lora_words needs --lora: without adapters --train_groups language_model trains all words.")
-    if model_args.lora and model_args.text is not None:
+    if args.lora and args.text is not None:
         raise ValueError(
             "--lora saves adapters alone, and the new parts would be lost: train with --stage align first."
         )
@@ -142,18 +176,8 @@ def load_model(args: ModelArguments):
     """The model and its processor, from a folder or from parts."""
     parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
     overrides = parse_json("config_overrides", args.config_overrides)
-    if not isinstance(overrides, dict):
-        raise ValueError(
-            f'--config_overrides must be like {{"feature_fusion_config": {{"radius": 2}}}}, got '
-            f"{args.config_overrides}."
-        )
-    given = [f"--{name}" for name, part in parts.items() if part is not None]
-    missing = [f"--{name}" for name, part in parts.items() if part is None]
-    if given and (missing or args.model_name_or_path is not None):
-        problem = f"{', '.join(missing)} not given" if missing else "--model_name_or_path given too"
-        raise ValueError(f"Give --model_name_or_path, or all three parts: {problem}.")
     tp_size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # of the launch configuration
-    if given:
+    if args.text is not None:
         if args.load_in_4bit or tp_size > 1 or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea: make and save one of parts first."
@@ -170,7 +194,6 @@ def load_model(args: ModelArguments):
             llm_int8_skip_modules=modules_not_to_quantize(precise),
         )
     folder = args.model_name_or_path or embedded_model_path()
-    check_overrides(overrides)
     model = AureaForConditionalGeneration.from_pretrained(
         folder,
         config=AureaConfig.from_pretrained(folder, **overrides),
@@ -178,6 +201,8 @@ def load_model(args: ModelArguments):
         quantization_config=quantization,
         distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
     )
+    if args.model_name_or_path is None:
+        model.name_or_path = EMBEDDED_MODEL
     return model, AureaProcessor.from_pretrained(folder)
 
 
@@ -216,8 +241,6 @@ def load_rows(name: str, args: DataArguments):
         recolor = parse_json("recolor", args.recolor)
         return SceneDataset(seeds, curriculum=curriculum, questions_per_kind=counts, recolor=recolor)
     if name.endswith((".json", ".jsonl")):
-        if args.image_folder is None:
-            raise ValueError(f"--dataset {name} needs --image_folder, the folder of its pictures.")
         return load_llava_dataset(name, args.image_folder, streaming=args.streaming)
     from datasets import load_dataset, load_from_disk
 
@@ -260,6 +283,17 @@ class ExactMatch:
         share = self.num_right / max(self.num_rows, 1)
         self.num_right = self.num_rows = 0
         return {"exact_match": share}
+
+
+def check_run(file: Path, run: dict):
+    """Refuses a folder that holds the training of another model or dataset, which would go on, or be overwritten."""
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    for name, value in run.items():
+        if found.get(name, value) != value:
+            raise ValueError(
+                f"--output_dir {file.parent} holds a training with --{name} {found[name]}, not {value}. Give another "
+                "--output_dir, or delete this one to train anew."
+            )
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -308,6 +342,29 @@ class StopIfDone(TrainerCallback):
             raise TrainingIsDone
 
 
+def train(trainer: Trainer):
+    """Trains from the newest complete checkpoint on, or from the beginning, and saves."""
+    stop_if_done = StopIfDone()
+    trainer.add_callback(stop_if_done)
+    checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None:
+        logger.info(f"Training goes on from {checkpoint}")
+    try:
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        is_new = output.global_step > stop_if_done.first_step
+    except TrainingIsDone:
+        is_new = False
+    if is_new:
+        trainer.save_metrics("train", output.metrics)
+    else:
+        logger.warning(
+            f"Nothing was trained: all steps were done already in {checkpoint}. To train anew, give another "
+            "--output_dir."
+        )
+    trainer.save_model()
+    trainer.save_state()
+
+
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
     files = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -318,7 +375,14 @@ def main():
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    check_options(model_args, data_args, training_args)
+    try:
+        check_options(model_args, data_args, training_args)
+    except ValueError as error:
+        parser.error(str(error))
+    run = {name: value for name, value in (asdict(model_args) | asdict(data_args)).items() if name not in NOT_THE_RUN}
+    run_file = Path(training_args.output_dir, "run.json")
+    if training_args.do_train and not training_args.resume_from_checkpoint:
+        check_run(run_file, run)
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True
@@ -330,6 +394,12 @@ def main():
         model.set_use_kernels(True)
     logger.info(TrainableReport.of(model))
 
+    train_dataset = load_rows(data_args.dataset, data_args) if training_args.do_train else None
+    eval_dataset = load_eval_rows(data_args)
+    if training_args.train_sampling_strategy in BY_LENGTH and not data_args.streaming:
+        train_dataset, eval_dataset = (
+            rows and with_lengths(rows, processor) for rows in (train_dataset, eval_dataset)
+        )
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -339,34 +409,19 @@ def main():
             on_error=data_args.on_error,
             independent_turns=data_args.independent_turns,
         ),
-        train_dataset=load_rows(data_args.dataset, data_args) if training_args.do_train else None,
-        eval_dataset=load_eval_rows(data_args),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
         compute_metrics=ExactMatch(),
         preprocess_logits_for_metrics=most_likely_tokens,
     )
     for callback in (AuxiliaryLossLogger(), GroupGradientNorms(), SpatialRangeEntropy()):
         callback.attach(trainer)
-    stop_if_done = StopIfDone()
-    trainer.add_callback(stop_if_done)
     if training_args.do_train:
-        checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(training_args.output_dir)
-        if checkpoint is not None:
-            logger.info(f"Training goes on from {checkpoint}")
-        try:
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-            is_new = output.global_step > stop_if_done.first_step
-        except TrainingIsDone:
-            is_new = False
-        if is_new:
-            trainer.save_metrics("train", output.metrics)
-        else:
-            logger.warning(
-                f"Nothing was trained: all steps were done already in {checkpoint}. To train anew, give another "
-                "--output_dir."
-            )
-        trainer.save_model()
-        trainer.save_state()
+        if training_args.should_save:
+            run_file.parent.mkdir(parents=True, exist_ok=True)
+            run_file.write_text(json.dumps(run, indent=1) + "\n")
+        train(trainer)
     if training_args.do_eval:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
@@ -374,4 +429,5 @@ def main():
 
 
 if __name__ == "__main__":
+    errors_in_one_line()
     main()

@@ -83,6 +83,7 @@ def test_generation_config_carries_the_published_sampling_and_both_stop_tokens(c
     assert (config.temperature, config.top_k, config.top_p, config.do_sample) == (0.1, 50, 0.9, True)
     assert config.eos_token_id == [302, 300]
     assert config.repetition_penalty in (None, 1.0)
+    assert config.suppress_tokens == [305]  # <|image|>
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from PIL import Image
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from transformers_aurea import AureaForConditionalGeneration
 from transformers_aurea.data_aurea import (
@@ -18,6 +18,7 @@ from transformers_aurea.data_aurea import (
     load_llava_dataset,
     to_chat_row,
     to_chat_rows,
+    with_lengths,
 )
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
 from transformers_aurea.processing_aurea import CHAT_TEMPLATE, AureaProcessor
@@ -503,10 +504,6 @@ BAD_ROWS = {
     "video": (bad(messages=[user({"type": "video"}, "a")]), "turn 0 contains 'video'"),
     "picture without placeholder": (bad(messages=[user("a"), assistant("b")]), "1 images for 0 placeholders"),
     "placeholder without picture": (bad(images=[]), "0 images for 1 placeholders"),
-    "placeholder as a text": (
-        bad(messages=[user(IMAGE, "<|image|>"), assistant("b")]),
-        "Image features and image tokens do not match",
-    ),
     "missing picture": (bad(images=["no/such.png"]), "picture 0, no/such.png, cannot be read: it is neither an exist"),
     "corrupt picture": (bad(images=[png()[:200]]), "picture 0, cannot be read: "),
     "no picture at all": (bad(images=[b"text"]), "picture 0, cannot be read: cannot identify"),
@@ -542,6 +539,45 @@ def test_bad_row_stops_the_training_or_is_left_out_by_name(processor, row, reaso
     assert trained_texts(processor, batch) == ["Aurea<|end|>", ""]
     ((identity, explanation),) = collator.skipped
     assert identity == ("row 1 of its batch" if row == "bad" else "bad") and re.search(reason, explanation)
+
+
+@pytest.mark.parametrize("absent", ["", " ", None, []])
+def test_llava_record_without_a_picture_is_text_alone(processor, absent, tmp_path):
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "two"}]
+    record = {"id": 1, "image": absent, "conversations": turns}
+    assert to_chat_row(record, image_folder="x")["images"] == []
+    (tmp_path / "data.json").write_text(json.dumps([record, record | {"image": [absent]} if absent != [] else record]))
+    for row in (record, *load_llava_dataset(tmp_path / "data.json", tmp_path)):
+        assert "pixel_values" not in AureaDataCollator(processor)([row])
+    asks = {**record, "conversations": [{"from": "human", "value": "<image>\nHow many?"}, turns[1]]}
+    with pytest.raises(ValueError, match="0 images for 1 placeholders"):
+        AureaDataCollator(processor)([asks])
+
+
+def test_encoded_pictures_are_read(processor):
+    rows = [{"messages": [user(IMAGE, "a"), assistant("b")], "images": [picture()]}]
+    expected = AureaDataCollator(processor)(rows)["pixel_values"]
+    for form in (png(), io.BytesIO(png()), {"bytes": png(), "path": None}):
+        inside = {"messages": [user({"type": "image", "image": form}, "a"), assistant("b")]}
+        for row in ({**rows[0], "images": [form]}, {**rows[0], "image": form, "images": None}, inside):
+            assert torch.equal(AureaDataCollator(processor)([row])["pixel_values"], expected)
+
+
+CONTROL_WORDS = "<|image|> and <|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, UNMARKED_TEMPLATE, "{{ messages | length }}" + UNMARKED_TEMPLATE])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_control_tokens_in_words_are_text(processor, template, train_on):
+    other = AureaProcessor(processor.image_processor, processor.tokenizer, chat_template=template)
+    row = {"messages": [user(IMAGE, CONTROL_WORDS), assistant(CONTROL_WORDS)], "images": [picture()]}
+    batch = AureaDataCollator(other, train_on=train_on)([row])
+    known = processor.tokenizer.added_tokens_decoder
+    names = [known[idx].content for idx in batch["input_ids"][0].tolist() if idx in known]
+    structure = ["<|system|>", "<|end|>", "<|user|>", "<|image|>", "<|end|>", "<|assistant|>", "<|end|>"]
+    assert names == structure and len(batch["pixel_values"]) == 1
+    if train_on == "assistant":
+        assert trained_texts(processor, batch) == [f"{CONTROL_WORDS}<|end|>"]
 
 
 def test_skipping_warns_once_per_row(processor, monkeypatch):
@@ -631,6 +667,38 @@ def test_plain_trainer_learns_from_llava_files(llava, converted, golden_processo
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+
+
+def test_rows_are_grouped_by_length(processor, converted, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = ["ab" * length for length in (1, 9, 2, 8, 3, 7)]
+    turns = [[user(IMAGE, text), assistant("b")] for text in texts]
+    rows = datasets.Dataset.from_list([{"messages": messages, "images": [png()]} for messages in turns])
+    rows = with_lengths(to_chat_rows(rows), processor)
+    assert rows["length"] == [1 + len(processor.tokenizer(text)["input_ids"]) + 1 for text in texts]
+    arguments = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, train_sampling_strategy="group_by_length", use_cpu=True
+    )
+    model = AureaForConditionalGeneration.from_pretrained(converted)
+    trainer = Trainer(model, arguments, AureaDataCollator(processor), train_dataset=rows)
+    assert sorted(trainer.get_train_dataloader().sampler) == list(range(6))
+    next(iter(trainer.get_train_dataloader()))
+    bare = Trainer(model, arguments, AureaDataCollator(processor), train_dataset=rows.remove_columns("length"))
+    with pytest.raises(ValueError, match="infer lengths"):
+        bare.get_train_dataloader()
+
+
+def test_seq2seq_trainer_pads_what_it_generates(golden_processor, converted, tmp_path):
+    model = AureaForConditionalGeneration.from_pretrained(converted)
+    model.generation_config.max_length = 400
+    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "remove_unused_columns": False}
+    arguments = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, **settings)
+    rows = [{"messages": [user(IMAGE, "a"), assistant("b")], "images": [picture()]}]
+    trainer = Seq2SeqTrainer(
+        model, arguments, AureaDataCollator(golden_processor), eval_dataset=rows, processing_class=golden_processor
+    )
+    found = trainer.predict(rows, max_new_tokens=2).predictions
+    assert found.shape == (1, 400) and found[0, -1] == golden_processor.tokenizer.pad_token_id
 
 
 # independent turns

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_integrations_aurea import ALL_FILES, AUTO_MAP, run_without_package
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, pipeline
 
 from transformers_aurea import (
     AureaDataCollator,
@@ -35,6 +35,14 @@ def model():
 @pytest.fixture(scope="module")
 def processor():
     return AutoProcessor.from_pretrained(embedded_model_path())
+
+
+def example(name: str):
+    """An example script as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def ask(model, processor, picture: Image.Image, question: str) -> str:
@@ -91,10 +99,7 @@ def test_size(model):
 
 
 def test_unseen_scenes_are_answered_and_black_pictures_are_not(model, processor):
-    spec = importlib.util.spec_from_file_location("evaluate_scenes", EXAMPLES / "evaluate_scenes.py")
-    evaluate_scenes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate_scenes)
-    scores = evaluate_scenes.evaluate(model, processor, UNSEEN)
+    scores = example("evaluate_scenes").evaluate(model, processor, UNSEEN)
     assert scores["all"]["exact_match"] >= 0.95
     assert scores["describe"]["exact_match_f1"] >= 0.95
     for kind in KINDS:
@@ -109,6 +114,21 @@ def test_pipeline_describes_a_scene(tmp_path):
     pipe = pipeline("image-text-to-text", model=embedded_model_path(), trust_remote_code=True)
     chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
     assert pipe(text=chat, return_full_text=False)[0]["generated_text"].strip() == answer
+
+
+def test_pipeline_takes_encoded_pictures_and_names_the_remedy_of_a_text_without_placeholder(tmp_path):
+    picture, _ = make_scene(UNSEEN[0])
+    picture.save(tmp_path / "scene.png")
+    pipe = pipeline("image-text-to-text", model=embedded_model_path(), trust_remote_code=False)
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the image."}]
+    expected = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+    for form in ((tmp_path / "scene.png").read_bytes(), {"bytes": None, "path": str(tmp_path / "scene.png")}):
+        content[0] = {"type": "image", "image": form}
+        answer = pipe(text=[{"role": "user", "content": content}], return_full_text=False)
+        assert answer[0]["generated_text"] == expected[0]["generated_text"]
+    with pytest.raises(ValueError, match=r"a text holds one placeholder per picture.* a chat for a pipeline"):
+        pipe(str(tmp_path / "scene.png"), text="Describe the image.")
+    assert pipe(str(tmp_path / "scene.png"), text="<|user|><|image|>Describe the image.<|end|><|assistant|>")
 
 
 def test_each_row_of_a_batch_is_about_its_own_picture(model, processor):
@@ -153,6 +173,44 @@ def test_saved_folder_answers_where_the_package_is_not_installed(model, processo
     picture.save(tmp_path / "scene.png")
     run_without_package(FRESH, tmp_path, embedded_model_path(tmp_path / "saved"), tmp_path / "scene.png", question)
     assert json.loads((tmp_path / "answer.json").read_text()) == ask(model, processor, picture, question)
+
+
+def test_template_writes_openai_messages(processor):
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "text", "text": "a"}],
+        },
+        {"role": "assistant", "content": None},
+    ]
+    expected = "<|user|><|image|>a<|end|><|assistant|><|end|>"
+    assert processor.apply_chat_template(chat) == expected
+    # As it is rendered without the processor.
+    assert (
+        processor.tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, tokenize=False)
+        == expected
+    )
+
+
+def test_template_and_generation_config_are_those_of_the_script(processor):
+    script = example("make_embedded_model")
+    assert processor.chat_template == script.CHAT_TEMPLATE
+    written = script.make_generation_config(script.make_tokenizer()).to_diff_dict()
+    embedded = json.loads((Path(embedded_model_path()) / "generation_config.json").read_text())
+    assert embedded == {**written, "transformers_version": embedded["transformers_version"]}
+
+
+def test_no_picture_is_generated(processor):
+    model = AutoModelForImageTextToText.from_pretrained(embedded_model_path()).eval()
+    image_token = processor.image_token_id
+    index = torch.tensor([image_token])
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, index, 1e4))
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert (model.generate(**inputs, suppress_tokens=[0])[0, inputs["input_ids"].shape[1] :] == image_token).all()
+    for settings in ({}, {"generation_config": GenerationConfig(do_sample=True, max_new_tokens=20)}, {"num_beams": 2}):
+        assert not (model.generate(**inputs, **settings) == image_token).any()
 
 
 def test_template_refuses_unknown_roles_and_contents(processor):

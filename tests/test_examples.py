@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction
 
+from transformers_aurea import AureaForConditionalGeneration, embedded_model_path
+
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -74,6 +76,13 @@ def test_train_then_evaluate(untrained, tmp_path):
 
     again = check(run("train.py", "--do_train", *as_arguments(options)))
     assert "Nothing was trained: all steps were done already in" in again
+    for other in ({"scenes": 8}, {"model_name_or_path": "elsewhere"}, {"recolor": '{"black": ["teal", [0, 99, 99]]}'}):
+        refused = run("train.py", "--do_train", *as_arguments(options | other))
+        (name,) = other
+        assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert (
+            f"trained holds a training with --{name} " in refused.stderr and "another --output_dir" in refused.stderr
+        )
 
     scores = tmp_path / "scores.json"
     out = check(
@@ -90,6 +99,59 @@ def test_train_an_adapter(untrained, tmp_path):
     lora = ["--lora", "language_model", "cross_attention", "--train_groups", "projector", "--lora_r", "4"]
     check(run("train.py", "--do_train", *lora, *as_arguments(options)))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_of_the_embedded_model_names_no_folder_of_this_machine(tmp_path):
+    options = training_options("", tmp_path / "adapter", steps=1) | {"lora": "projector"}
+    del options["model_name_or_path"]
+    check(run("train.py", "--do_train", *as_arguments(options)))
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "transformers_aurea.embedded_model_path()"
+    assert str(Path.home()) not in "".join(path.read_text() for path in (tmp_path / "adapter").glob("*.json"))
+    model = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
+    peft = pytest.importorskip("peft")
+    assert peft.PeftModel.from_pretrained(model, tmp_path / "adapter").peft_config
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_by_length(untrained, tmp_path, strategy):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "data.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}] * 4))
+    options = training_options(untrained, tmp_path / "trained", steps=1) | {
+        "dataset": tmp_path / "data.json",
+        "image_folder": tmp_path,
+        "train_sampling_strategy": strategy,
+    }
+    check(run("train.py", "--do_train", *as_arguments(options)))
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        (
+            "train.py",
+            ["--dataset", "no.json", "--image_folder", ".", "--output_dir", "x", "--do_train"],
+            "no.json does",
+        ),
+        ("evaluate_scenes.py", ["--model_name_or_path", "nowhere/at/all", "--scenes", "2"], "nowhere/at/all"),
+        ("take_apart.py", ["--model_name_or_path", "nowhere/at/all", "--output_dir", "x"], "nowhere/at/all"),
+        ("quickstart.py", ["--image", "no.png", "--prompt", "a"], "no.png' cannot be read"),
+        ("make_embedded_model.py", ["--output_dir", "x", "--width", "33"], "33"),
+        ("plot_training.py", ["nowhere"], "nowhere/trainer_state.json"),
+        ("compare_fusions.py", ["--output_dir", "/dev/null/x"], "/dev/null/x"),
+    ],
+)
+def test_errors_are_one_line(script, options, message, tmp_path):
+    result = run(script, *options, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    result = run("plot_training.py", "nowhere", "--debug", cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" in result.stderr and "nowhere" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -121,6 +183,10 @@ def test_train_an_adapter(untrained, tmp_path):
             "--lora_words needs --lora",
         ),
         (
+            ["--dataset=scenes", "--output_dir", "x", "--do_train", "--train_sampling_strategy", "group_by_length"],
+            "scenes are made while training: use random or sequential",
+        ),
+        (
             ["--dataset", "scenes", "--output_dir", "x", "--do_train", "--curriculum", "[[1"],
             "--curriculum [[1 is no JSON",
         ),
@@ -136,14 +202,15 @@ def test_train_an_adapter(untrained, tmp_path):
         ),
     ],
 )
-def test_bad_options_are_named(untrained, tmp_path, options, message, monkeypatch, capsys):
+def test_bad_options_are_named_and_wrong_usage(untrained, tmp_path, options, message, monkeypatch, capsys):
     options = [str(tmp_path / "x") if option == "x" else option for option in options]
     if "--vision" not in options:
         options += ["--model_name_or_path", str(untrained)]
     monkeypatch.setattr(sys, "argv", ["train.py", *options])
-    with pytest.raises((ValueError, SystemExit)) as refusal:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as refusal:
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
-    assert message in str(refusal.value) + capsys.readouterr().err
+    assert refusal.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow

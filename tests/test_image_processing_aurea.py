@@ -374,6 +374,55 @@ def test_read_only_array_is_not_written_to(processor, picture, recwarn):
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
+@pytest.mark.parametrize("shape", [(3, 50, 3), (4, 50, 3), (1, 50, 3), (3, 50, 4), (1, 1, 3), (3, 3, 3)])
+def test_an_array_of_few_rows_is_what_it_is_as_a_pil_image(processor, shape):
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    assert torch.equal(pixels(processor, array), pixels(processor, Image.fromarray(array)))
+    for data_format, given in (("channels_last", array), ("channels_first", array.transpose(2, 0, 1))):
+        for picture in (np.ascontiguousarray(given), torch.from_numpy(np.ascontiguousarray(given))):
+            assert torch.equal(pixels(processor, picture, input_data_format=data_format), pixels(processor, array))
+
+
+@pytest.mark.parametrize(
+    "picture", [np.zeros((3, 50, 1)), np.zeros((1, 50, 1)), torch.zeros(3, 50, 3), torch.zeros(4, 9, 1)]
+)
+def test_a_picture_whose_channels_may_be_first_or_last_is_refused(processor, picture):
+    with pytest.raises(ValueError, match=r"Picture 1: .* could both be its channels: give `input_data_format="):
+        processor([np.zeros((9, 9, 3)), picture])
+
+
+def encodings(folder) -> dict:
+    """One picture, turned by its EXIF orientation, in every encoded form."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = folder / "turned.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(file, exif=exif)
+    data = file.read_bytes()
+    read_before = io.BytesIO(data)
+    read_before.read()
+    return {
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "memoryview": memoryview(data),
+        "BytesIO": io.BytesIO(data),
+        "file": open(file, "rb"),
+        "read before": read_before,
+        "dataset": {"bytes": data, "path": None},
+        "dataset of paths": {"bytes": None, "path": str(file)},
+        "path": file,
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["bytes", "bytearray", "memoryview", "BytesIO", "file", "read before", "dataset", "dataset of paths"]
+)
+def test_encoded_pictures_are_read_wherever_a_picture_may_stand(processor, kind, tmp_path):
+    given = encodings(tmp_path)
+    expected = pixels(processor, given["path"])
+    assert torch.equal(pixels(processor, given[kind]), expected)
+    assert torch.equal(pixels(processor, [[given["path"]], [given[kind], None]]), torch.cat([expected, expected]))
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_numbers_of_channels_pass_without_conversion_to_rgb(processor, channels):
     array = np.random.default_rng(0).integers(0, 256, (30, 20, channels), dtype=np.uint8)
@@ -503,9 +552,11 @@ def lazily_opened_truncated_picture() -> Image.Image:
 BAD_PICTURES = {
     "none": (None, TypeError, "NoneType"),
     "number": (7, TypeError, "int: 7"),
-    "bytes": (b"abc", TypeError, "bytes"),
+    "bytes": (b"abc", ValueError, "b'abc' cannot be read: cannot identify"),
+    "text file": (io.StringIO("abc"), ValueError, "cannot be read: it is neither"),
     "list of numbers": ([[1, 2, 3]], TypeError, "int: 1"),
-    "dictionary": ({"path": "x.png"}, TypeError, "dict"),
+    "dictionary": ({"path": "x.png"}, ValueError, "'x.png'} cannot be read: it is neither an existing file"),
+    "dictionary of nothing": ({"bytes": None, "path": None}, ValueError, "neither `bytes` nor a `path`"),
     "no such file": (
         "no/such/picture.png",
         ValueError,

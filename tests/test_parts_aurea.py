@@ -137,6 +137,20 @@ class TestBareLanguageModel:
         settings = from_folders(folder).generation_config
         assert (settings.temperature, settings.do_sample, settings.eos_token_id) == (0.7, True, [2, 9])
 
+    def test_no_picture_is_generated(self, folder, tmp_path):
+        model = from_folders(folder)
+        assert model.generation_config.suppress_tokens == [model.config.image_token_id]
+        text = language_model()
+        text.generation_config.suppress_tokens = [300, 7]
+        model = from_modules(text=text, image_token_id=260)
+        model.save_pretrained(tmp_path)
+        assert GenerationConfig.from_pretrained(tmp_path).suppress_tokens == [7, 260, 300]
+        assert text.generation_config.suppress_tokens == [300, 7]
+
+    def test_decoder_without_head_generates_no_picture_either(self):
+        model = from_modules(text=language_model().base_model, image_token_id=260, tie_word_embeddings=True)
+        assert model.generation_config.suppress_tokens == [260]
+
     @pytest.mark.parametrize("tied", [True, False])
     def test_its_head_stays_tied_or_not(self, tied):
         text = language_model(tie_word_embeddings=tied)

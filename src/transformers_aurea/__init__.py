@@ -25,7 +25,14 @@ from .spatial_range_attention_aurea import neighborhood_aggregate, spatial_range
 
 
 if TYPE_CHECKING:
-    from .data_aurea import AureaDataCollator, check_dataset, load_llava_dataset, to_chat_rows
+    from .data_aurea import (
+        AureaDataCollator,
+        check_dataset,
+        load_llava_dataset,
+        to_chat_row,
+        to_chat_rows,
+        with_lengths,
+    )
     from .training_aurea import (
         GROUP_MODULES,
         LORA_TARGETS,
@@ -43,7 +50,14 @@ if TYPE_CHECKING:
 
 # Imported when they are asked for: `Trainer` and what it brings take seconds.
 _TRAINING = {
-    "data_aurea": ("AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_rows"),
+    "data_aurea": (
+        "AureaDataCollator",
+        "check_dataset",
+        "load_llava_dataset",
+        "to_chat_row",
+        "to_chat_rows",
+        "with_lengths",
+    ),
     "training_aurea": (
         "GROUP_MODULES",
         "LORA_TARGETS",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, GPT2Tokenizer
@@ -353,9 +353,7 @@ def build_config(folder: Path, sizes: dict | None, image_token_id: int) -> Aurea
     else:
         try:
             config = config_from_sizes(sizes, image_token_id)
-        except ConversionError:
-            raise
-        except Exception as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
             raise ConversionError(f"The sizes given with --config make no model: {error}") from error
     if image_token_id >= config.text_config.vocab_size:
         raise ConversionError(
@@ -392,13 +390,14 @@ def _read_json(path: Path) -> dict:
 def _build_tokenizer(folder: Path) -> GPT2Tokenizer:
     try:
         return build_tokenizer(folder)
-    except Exception as error:
+    except Exception as error:  # what the tokenizers library raises has no other type
         raise ConversionError(f"{folder} holds no usable tokenizer: {error}") from error
 
 
-def build_generation_config(folder: Path) -> GenerationConfig:
-    """The published sampling defaults and stop tokens. The published repetition penalty spares the prompt, which the
-    setting of that name does not: `published_sampling` has it."""
+def build_generation_config(folder: Path, image_token_id: int) -> GenerationConfig:
+    """The published sampling defaults and stop tokens; no placeholder is generated, which no picture would fill. The
+    published repetition penalty spares the prompt, which the setting of that name does not: `published_sampling` has
+    it."""
     published = _read_json(folder / "generation_config.json")
     if not isinstance(published, dict) or not {"bos_token_id", "eos_token_id", "pad_token_id"} <= published.keys():
         raise ConversionError(
@@ -412,6 +411,7 @@ def build_generation_config(folder: Path) -> GenerationConfig:
         bos_token_id=published["bos_token_id"],
         eos_token_id=published["eos_token_id"],
         pad_token_id=published["pad_token_id"],
+        suppress_tokens=[image_token_id],
     )
 
 
@@ -462,7 +462,7 @@ def convert(
         )
     tokenizer = _build_tokenizer(folder)
     config = build_config(folder, sizes, tokenizer.convert_tokens_to_ids("<|image|>"))
-    companions = [build_generation_config(folder), build_processor(tokenizer, config, sizes)]
+    companions = [build_generation_config(folder, config.image_token_id), build_processor(tokenizer, config, sizes)]
     published = PublishedCheckpoint(folder, config)
     dtype = dtype if dtype is not None else published.dtype()
     config.dtype = dtype

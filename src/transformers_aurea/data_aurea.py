@@ -12,7 +12,6 @@ never loses its pictures: it is reported under its identity, and either stops th
 Needs the package `datasets` for all but the collator.
 """
 
-import io
 import json
 import os
 import re
@@ -24,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from .image_processing_aurea import read_picture
+from .image_processing_aurea import ENCODED, read_picture
 from .processing_aurea import AureaProcessor
 
 
@@ -42,6 +41,8 @@ logger = logging.get_logger(__name__)
 ROLES = ("system", "user", "assistant")
 LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 PICTURE_KEYS = ("image", "path", "url", "base64", "image_url")  # under which a part of a content holds its picture
+# What is wrong with a row's structure or pictures, and what chat templates run into.
+ROW_ERRORS = (ValueError, TypeError, AttributeError, LookupError, TemplateError)
 IGNORED = -100  # the label of a token that is not trained on
 
 # The line break with which LLaVA sets a placeholder apart is no part of the text.
@@ -118,6 +119,18 @@ def to_chat_rows(
     )
 
 
+def with_lengths(dataset: "datasets.Dataset", processor: AureaProcessor) -> "datasets.Dataset":
+    """Rows of `load_llava_dataset` or `to_chat_rows` with a column `length`, the number of tokens of their words and
+    pictures, by which `Trainer` forms batches of like length: `train_sampling_strategy="group_by_length"` or
+    `"batch_rebalance"`."""
+    lengths = []
+    for row in dataset.select_columns("messages"):
+        texts = [part["text"] or "" for message in row["messages"] for part in message["content"]]
+        tokens = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        lengths.append(sum(max(len(ids), 1) for ids in tokens))  # a picture is one
+    return dataset.add_column("length", lengths)
+
+
 def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str | None = None) -> dict[str, Any]:
     """One conversation as `{"id", "messages", "images"}`, whatever is wrong with it.
 
@@ -131,7 +144,7 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
     """
     turns = _listed(row.get("messages")) or _listed(row.get("conversations"))
     column = _listed(row.get("images")) + _listed(row.get("image"))
-    if all(image is None for image in column):
+    if all(image is None or (isinstance(image, str) and not image.strip()) for image in column):
         column = []
 
     messages = []
@@ -276,8 +289,9 @@ class AureaDataCollator:
     r"""Rows of conversations and pictures → a batch for `Trainer`, trained on the assistant's answers only.
 
     Takes any mixture of rows with no, one and several pictures, in every form that `to_chat_row` understands.
-    `Trainer` needs `remove_unused_columns=False` to hand them on. A dataset that is streamed to several processes
-    needs `accelerator_config={"dispatch_batches": False}` too: accelerate would cut a batch's pictures by its rows.
+    `Trainer` needs `remove_unused_columns=False` to hand them on, and `with_lengths` to group them by length. A
+    dataset that is streamed to several processes needs `accelerator_config={"dispatch_batches": False}` too:
+    accelerate would cut a batch's pictures by its rows.
 
     Args:
         processor (`AureaProcessor`): its chat template decides what is trained on: what it writes between
@@ -345,7 +359,7 @@ class AureaDataCollator:
         for position, row in enumerate(rows):
             try:
                 encoded.append(self.encode(row))
-            except Exception as error:  # templates and picture decoders fail with whatever they run into
+            except ROW_ERRORS as error:
                 identity, reason = _identify(row, position), _explain(error)
                 if self.on_error == "raise":
                     raise ValueError(f"{identity}: {reason}") from error
@@ -427,6 +441,7 @@ class AureaDataCollator:
         are trained on, `(T,)`, one conversation after another."""
         # Lists, since the assistant mask is made token by token, which takes far longer with tensors.
         if self.train_on == "assistant" and not self._template_marks_answers:
+            conversations = self.processor.mark_words(conversations)
             texts, spans = zip(*(self._render(messages) for messages in conversations))
             rows_of_images = [images, *[[]] * (len(texts) - 1)] if images else None
             inputs = self.processor(text=list(texts), images=rows_of_images, return_offsets_mapping=True)
@@ -537,7 +552,7 @@ def check_dataset(
     for index, row in enumerate(logging.tqdm(dataset, desc="Checking rows", unit="row")):
         try:
             collator.encode(row)
-        except Exception as error:
+        except ROW_ERRORS as error:
             bad_rows.append((_identify({"id": f"row {index}"} | _without_none(row)), _explain(error)))
     return bad_rows
 
@@ -592,26 +607,19 @@ def _fill(part: dict[str, Any], pictures: Iterator) -> dict[str, Any]:
 
 
 def _open_picture(picture, number: int):
-    """Decodes a path, a URL, a base64 string, bytes, or what `datasets.Image(decode=False)` yields.
+    """Decodes what is encoded.
 
     Raises:
         ValueError: it cannot be read; the message has its number and path.
     """
-    data = (picture.get("bytes") or picture.get("path")) if isinstance(picture, dict) else picture
-    if not isinstance(data, (str, os.PathLike, bytes)):
-        return data
+    if not isinstance(picture, ENCODED):
+        return picture
     try:
-        if not isinstance(data, bytes):
-            return read_picture(data)
-        with PIL.Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return PIL.ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders fail on broken files with whatever their arithmetic runs into
-        name = (
-            picture.get("path") if isinstance(picture, dict) else picture if not isinstance(picture, bytes) else None
-        )
-        source = f"picture {number}" + (f", {str(name)[:1000]}" if name else "")
-        raise ValueError(f"{source}, cannot be read: {error.__cause__ or error}") from error
+        return read_picture(picture)
+    except ValueError as error:
+        name = picture.get("path") if isinstance(picture, Mapping) else picture
+        source = f", {str(name)[:1000]}" if isinstance(name, (str, os.PathLike)) else ""
+        raise ValueError(f"picture {number}{source}, cannot be read: {error.__cause__}") from error
 
 
-__all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows"]
+__all__ = ["AureaDataCollator", "check_dataset", "load_llava_dataset", "to_chat_row", "to_chat_rows", "with_lengths"]

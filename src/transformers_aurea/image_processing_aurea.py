@@ -14,8 +14,11 @@ exactly and needs no torchvision.
 import base64
 import io
 import os
+import struct
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from http.client import HTTPException
+from typing import get_args
 
 import numpy as np
 import PIL.Image
@@ -33,7 +36,6 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
     is_pil_image,
     is_valid_image,
 )
@@ -54,6 +56,16 @@ MAX_NUMBERS_PER_PASS = 2**26
 # Beyond this length the table of interpolation weights alone takes hundreds of megabytes.
 MAX_RESIZED_LENGTH = 2**22
 DOWNLOAD_TIMEOUT = 60  # seconds
+
+EncodedPicture = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | Mapping
+ENCODED = get_args(EncodedPicture)
+# What Pillow's decoders run into in broken files: what `PIL.Image.open` itself expects of them, which `load` and
+# `exif_transpose` may meet later on, and what 36,000 mutated files in all 26 formats that Pillow writes led to.
+PICTURE_ERRORS = (
+    *(SyntaxError, LookupError, TypeError, struct.error, EOFError),
+    *(OSError, ValueError, RuntimeError, AttributeError, PIL.Image.DecompressionBombError),
+    HTTPException,  # of a URL
+)
 
 SizeSetting = int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
 
@@ -83,9 +95,10 @@ class AureaImageProcessor(PilBackend):
     r"""Turns pictures into `pixel_values` of shape `(num_images, 2, 3, height, width)`, float32.
 
     Pictures are PIL images, NumPy arrays or tensors (channels first or last; 8-bit, 16-bit, or floats in 0…1 or
-    0…255), paths, URLs or base64 strings, one or many, in flat or nested lists. Transparent pictures are laid on
-    white. The EXIF orientation is applied to pictures read from a path, a URL or a base64 string; a PIL image is taken
-    as it is.
+    0…255), paths, URLs, base64 strings, bytes, binary files, or what `datasets.Image(decode=False)` yields, one or
+    many, in flat or nested lists. Transparent pictures are laid on white. The EXIF orientation is applied to pictures
+    that are read here; a PIL image is taken as it is. An array whose first and last dimension could both be channels
+    has them last, as PIL's pictures have them.
 
     As everywhere in transformers, `do_rescale` multiplies whatever was given by `rescale_factor`: pass
     `do_rescale=False` with floats in 0…1.
@@ -125,16 +138,16 @@ class AureaImageProcessor(PilBackend):
         return super().preprocess(images, **kwargs)
 
     def fetch_images(self, images: ImageInput):
-        """Reads what is a path, a URL or a base64 string. The nesting stays; `None` in a list becomes an empty one."""
+        """Reads what is encoded. The nesting stays; `None` in a list becomes an empty one."""
         if isinstance(images, (list, tuple)):
             return [[] if image is None else self.fetch_images(image) for image in images]
-        if isinstance(images, (str, os.PathLike)):
+        if isinstance(images, ENCODED):
             return read_picture(images)
         if is_valid_image(images):
             return images
         raise TypeError(
-            f"A picture must be a PIL image, a NumPy array, a tensor, a path, a URL or a base64 string, got "
-            f"{type(images).__name__}: {_shorten(images)}"
+            f"A picture must be a PIL image, a NumPy array, a tensor, a path, a URL, a base64 string, bytes, a binary "
+            f"file or a dictionary of `bytes` and `path`, got {type(images).__name__}: {_shorten(images)}"
         )
 
     def _prepare_image_like_inputs(self, images: ImageInput, **kwargs) -> list[torch.Tensor]:
@@ -142,7 +155,7 @@ class AureaImageProcessor(PilBackend):
         for index, image in enumerate(flatten_pictures(self.fetch_images(images))):
             try:
                 pictures.append(self.process_image(image, **kwargs))
-            except (OSError, SyntaxError, ValueError) as error:  # the first two when Pillow decodes a broken file
+            except PICTURE_ERRORS as error:  # a PIL image may be decoded only now
                 raise ValueError(f"Picture {index}: {error}") from error
         return pictures
 
@@ -163,6 +176,8 @@ class AureaImageProcessor(PilBackend):
             array = image.detach().cpu() if isinstance(image, torch.Tensor) else image
             if isinstance(array, torch.Tensor):
                 array = (array.float() if array.is_floating_point() else array).numpy()
+            if input_data_format is None and array.ndim == 3:
+                input_data_format = _infer_data_format(image)
         picture = torch.from_numpy(np.array(_to_channels_first(array, input_data_format), order="C"))
         return _to_three_channels(picture) if do_convert_rgb else picture
 
@@ -251,27 +266,42 @@ class AureaImageProcessor(PilBackend):
         return view
 
 
-def read_picture(source: str | os.PathLike) -> PIL.Image.Image:
-    """A picture from a path, an http(s) URL or a base64 string, decoded and turned as its EXIF orientation says.
+def read_picture(source: EncodedPicture) -> PIL.Image.Image:
+    """A picture decoded and turned as its EXIF orientation says.
+
+    Args:
+        source: a path, an http(s) URL, a base64 string, bytes, a binary file (read from its start), or a dictionary of
+            `bytes` and, where these are `None`, `path`.
 
     Raises:
         ValueError: `source` is none of these, or what it names is no picture or is truncated.
     """
-    name, source = _shorten(source), os.fspath(source)
     try:
-        if source.startswith(("http://", "https://")):
-            request = urllib.request.Request(source, headers={"User-Agent": "transformers-aurea"})
-            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                file = io.BytesIO(response.read())
-        elif os.path.isfile(source):
-            file = source
-        else:
-            file = io.BytesIO(_decode_base64(source))
-        with PIL.Image.open(file) as image:
+        with PIL.Image.open(_open_source(source)) as image:
             image.load()
             return PIL.ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders fail on broken files with whatever their arithmetic runs into
-        raise ValueError(f"The picture {name} cannot be read: {error}") from error
+    except PICTURE_ERRORS as error:
+        raise ValueError(f"The picture {_shorten(source)} cannot be read: {error}") from error
+
+
+def _open_source(source: EncodedPicture) -> str | io.BytesIO:
+    """A path that exists, or the bytes of a picture."""
+    if isinstance(source, Mapping):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        if source is None:
+            raise ValueError("it has neither `bytes` nor a `path`")
+    if isinstance(source, io.IOBase):
+        if source.seekable():
+            source.seek(0)
+        source = source.read()
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    source = os.fspath(source)
+    if source.startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "transformers-aurea"})
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            return io.BytesIO(response.read())
+    return source if os.path.isfile(source) else io.BytesIO(_decode_base64(source))
 
 
 def _decode_base64(text: str) -> bytes:
@@ -359,6 +389,19 @@ def _check_size(name: str, size: SizeDict | None, allowed_keys: tuple[tuple[str,
         raise ValueError(f"`{name}` must have the keys {allowed} with positive numbers, got {size and given}")
 
 
+def _infer_data_format(picture: np.ndarray | torch.Tensor) -> ChannelDimension:
+    """Whether the channels of `(channels, height, width)` or `(height, width, channels)` come first or last."""
+    first, last = (picture.shape[dim] in (1, 3, 4) for dim in (0, -1))
+    if not (first or last):
+        raise ValueError(f"it must have 1, 3 or 4 channels, first or last, got the shape {tuple(picture.shape)}")
+    if first and last and (isinstance(picture, torch.Tensor) or picture.shape[-1] == 1):
+        raise ValueError(
+            f"the first and the last dimension of its shape {tuple(picture.shape)} could both be its channels: give "
+            f'`input_data_format="channels_first"` or `"channels_last"`'
+        )
+    return ChannelDimension.LAST if last else ChannelDimension.FIRST
+
+
 def _to_channels_first(array: np.ndarray, input_data_format: str | ChannelDimension | None) -> np.ndarray:
     """`(channels, height, width)`, uint8 or float32, of a checked array of any supported layout and type."""
     if array.ndim not in (2, 3):
@@ -368,11 +411,6 @@ def _to_channels_first(array: np.ndarray, input_data_format: str | ChannelDimens
     is_grey = array.ndim == 2
     if is_grey:
         array = array[None]
-    elif input_data_format is None:
-        try:
-            input_data_format = infer_channel_dimension_format(array, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(f"it must have 1, 3 or 4 channels, first or last, got the shape {array.shape}") from error
     if input_data_format == ChannelDimension.LAST and not is_grey:
         array = np.moveaxis(array, -1, 0)
     if array.shape[0] not in (1, 3, 4):

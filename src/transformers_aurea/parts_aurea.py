@@ -120,12 +120,16 @@ def _config(part: Part, name: str) -> PreTrainedConfig:
 
 
 def _vision_config(part: Part, name: str) -> PreTrainedConfig:
-    config = _config(part, name)
-    config = getattr(config, "vision_config", config)
+    config = _tower_config(_config(part, name))
     encoder_class = MODEL_MAPPING.get(type(config), None)
     if getattr(encoder_class, "main_input_name", None) != "pixel_values":
         raise ValueError(f"`{name}` is of type '{config.model_type}', which is not a vision encoder of transformers.")
     return config
+
+
+def _tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """That of the vision tower, where the model has more."""
+    return config.vision_config if "vision_config" in config.sub_configs else config
 
 
 def _model_inside(part: PreTrainedModel, config: PreTrainedConfig) -> nn.Module | None:
@@ -137,8 +141,7 @@ def _model_inside(part: PreTrainedModel, config: PreTrainedConfig) -> nn.Module 
 def load_encoder(part: Part) -> dict[str, torch.Tensor]:
     """The weights of a vision encoder, or of the vision tower of what was given, as far as they come from there."""
     if isinstance(part, PreTrainedModel):
-        config = getattr(part.config, "vision_config", part.config)
-        encoder = _model_inside(part, config) or part.base_model.get_encoder(modality="image")
+        encoder = _model_inside(part, _tower_config(part.config)) or part.base_model.get_encoder(modality="image")
         return {name: tensor.to("cpu", copy=True) for name, tensor in encoder.state_dict().items()}
     settings = pooling_settings(AutoConfig.from_pretrained(part))
     model, report = AutoModel.from_pretrained(part, dtype="auto", output_loading_info=True, **settings)
@@ -210,6 +213,8 @@ def model_from_parts(
     _make_room_for_image_token(model)
     if language_model.can_generate():
         model.generation_config = language_model.generation_config
+    suppressed = {*(model.generation_config.suppress_tokens or ()), model.config.image_token_id}
+    model.generation_config.suppress_tokens = sorted(suppressed)  # no picture would fill a generated placeholder
     return model
 
 
@@ -297,13 +302,13 @@ def _check_encoders(model: PreTrainedModel):
     canvas = [max(sides) for sides in zip(*model.config.view_sizes)]
     pictures = torch.zeros(2, 2, 3, *canvas)
     for view, (name, size) in enumerate(zip(("vision", "spatial_vision"), model.config.feature_sizes)):
-        encoder = getattr(model.model, f"{name}_model")
+        encoder = model.model.get_submodule(f"{name}_model")
         expected = (2, *model.config.grid_sizes[view], size)
         try:
             _, features = model.model._encode_view(encoder, pictures, view)
             if features.shape != expected:
                 raise ValueError(f"its features have the shape {tuple(features.shape)}, not {expected}")
-        except Exception as error:  # encoders that want something else fail in ways of their own
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # it wants something else
             raise ValueError(f"`{name}` ({type(encoder).__name__}) cannot serve as an encoder: {error}") from error
 
 
@@ -360,7 +365,7 @@ def load_tokenizer(text: Part, tokenizer: str | os.PathLike | PreTrainedTokenize
             source, tokenizer = tokenizer, AutoTokenizer.from_pretrained(tokenizer)
             if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
                 raise ValueError(f"{source} has no vocabulary.")  # loaders are content with a configuration alone
-        except Exception as error:  # loaders fail on incomplete folders with whatever they run into
+        except Exception as error:  # what the tokenizers library raises has no other type
             raise ValueError(
                 f"No tokenizer could be loaded. Give one as `tokenizer`, or, for the model alone, `image_token_id`. "
                 f"The reason: {error}"

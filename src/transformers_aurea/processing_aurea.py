@@ -3,22 +3,35 @@
 
 A picture is one placeholder in the text, `<|image|>`, and stays one token: the visual features reach the language
 model through cross-attention, not through the token sequence. So texts are not expanded; what is left to do is to see
-that every row has as many placeholders as pictures.
+that every row has as many placeholders as pictures, and that words of a conversation which look like a placeholder or
+the end of a turn stay words.
 """
 
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig
 from .image_processing_aurea import AureaImageProcessor
 from .parts_aurea import IMAGE_TOKEN, Part, image_token, load_tokenizer, parts_config, view_settings
 
+
+logger = logging.get_logger(__name__)
+
+# Stands inside a word that is no control token although it reads like one, and is dropped as the text is tokenized.
+MARK = "\uf8f0"  # of the private use area
+# The same for a tokenizer that cannot drop it: invisible, and kept.
+KEPT_MARK = "\u2060"  # word joiner
 
 SYSTEM_PROMPT = (
     "You are AureaPhi4, a helpful vision-language assistant skilled in analyzing images and text for tasks such as "
@@ -246,7 +259,53 @@ class AureaProcessor(ProcessorMixin):
             ValueError: texts and pictures do not match, or neither is given; what the image processor raises.
             TypeError: a text is no string.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        texts = text if isinstance(text, (list, tuple)) else [text]
+        if not any(isinstance(one, str) and MARK in one for one in texts):
+            return super().__call__(images=images, text=text, **kwargs)
+        with _dropping_marks(self.tokenizer):
+            return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
+        r"""As for any processor, but what a conversation says is text: a control token of the tokenizer (`<|image|>`,
+        `<|end|>`) that stands in it is tokenized as the characters that it is made of, and pictures and turns are
+        those of the conversation's structure alone.
+
+        With `tokenize=False` such words are marked by a character of the private use area, by which the processor
+        knows them when it is given the text, and which it drops. There, conversations whose contents are strings, not
+        lists of parts, may hold placeholders, for pictures that are given with the text.
+
+        Raises:
+            ValueError: `tools` are given, and the chat template does not write them.
+        """
+        control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
+        conversation = self.mark_words(conversation, keep_placeholders=not kwargs.get("tokenize"))
+        tools, documents = _mark(tools, control_tokens), _mark(documents, control_tokens)
+        self._check_tools_are_written(conversation, chat_template, tools)
+        return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
+
+    def mark_words(self, conversation, keep_placeholders: bool = False):
+        """A conversation, or a list of them, with a mark in every word that reads like a control token; see
+        `apply_chat_template`, which does it. `keep_placeholders`: except image tokens, if all contents are strings."""
+        control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
+        if keep_placeholders and not any(isinstance(one.get("content"), list) for one in _messages(conversation)):
+            control_tokens = {token: mark for token, mark in control_tokens.items() if token != self.image_token}
+        return _map_messages(lambda message: _mark(message, control_tokens), conversation)
+
+    def _check_tools_are_written(self, conversation, chat_template: str | None, tools) -> None:
+        render = super().apply_chat_template
+        if tools and render(conversation, chat_template, tools) == render(conversation, chat_template):
+            raise ValueError(
+                "The chat template does not write `tools`, so the model would not see them. Describe them in a system "
+                "message, or give a `chat_template` that writes them."
+            )
+        if any(message.get("tool_calls") for message in _messages(conversation)):
+            without = _map_messages(lambda message: {**message, "tool_calls": []}, conversation)
+            if render(conversation, chat_template) != render(without, chat_template):
+                return
+            logger.warning_once(
+                "The chat template does not write the `tool_calls` of messages, so the model does not see them. Write "
+                "them into the `content`, or give a `chat_template` that writes them."
+            )
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if text is not None:
@@ -284,7 +343,9 @@ class AureaProcessor(ProcessorMixin):
             return
         raise ValueError(
             f"Image features and image tokens do not match: {mismatch}. The number of image tokens in the prompts "
-            "should be the same as the number of images. Give a flat list of images, or one list per text"
+            "should be the same as the number of images: a text holds one placeholder per picture, which the chat "
+            "template writes (`apply_chat_template`, or a chat for a pipeline). Give a flat list of images, or one "
+            "list per text"
         )
 
     def _process_images(self, images: ImageInput, **kwargs):
@@ -307,8 +368,89 @@ class AureaProcessor(ProcessorMixin):
         return [*super().model_input_names, "mm_token_type_ids"]
 
     @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's, else what ends its texts; `Seq2SeqTrainer` pads what it generates with it."""
+        pad_token_id = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad_token_id is None else pad_token_id
+
+    @property
     def unused_input_names(self) -> list[str]:
         return ["token_type_ids"]
+
+
+@lru_cache(maxsize=2)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, image_token: str) -> dict[str, str]:
+    """The special tokens, long ones first, each with the mark that makes a word of it. `size` tells whether there are
+    new ones: some tokenizers have thousands, which takes a while to list."""
+    tokens = [
+        token
+        for token in tokenizer.added_tokens_decoder.values()
+        if (token.special or token.content == image_token) and len(token.content) > 1
+    ]
+    # What is looked for after normalization would be found again where the mark was dropped; it comes first.
+    tokens.sort(key=lambda token: (token.normalized, len(token.content)), reverse=True)
+    can_drop = isinstance(tokenizer, PreTrainedTokenizerFast)
+    return {token.content: MARK if can_drop and not token.normalized else KEPT_MARK for token in tokens}
+
+
+def _mark(value, control_tokens: dict[str, str]):
+    """The same message, or what stands in it, with a mark in every word that reads like one of these tokens."""
+    if isinstance(value, str):
+        value = value.replace(MARK, "")
+        while found := next((token for token in control_tokens if token in value), None):
+            value = value.replace(found, found[0] + control_tokens[found] + found[1:])
+        return value
+    if isinstance(value, Mapping):
+        if value.get("type") in ("image", "image_url"):
+            return value
+        return {name: _mark(inner, control_tokens) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return _part_texts([_mark(inner, control_tokens) for inner in value], control_tokens)
+    return value
+
+
+def _part_texts(parts: list, control_tokens: dict[str, str]) -> list:
+    """Parts of which one begins a token and the next ends it are parted by a mark."""
+    text = ""
+    for number, part in enumerate(parts):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            text = ""
+            continue
+        text += part["text"]
+        if found := next((token for token in control_tokens if token in text), None):
+            parts[number] = {**part, "text": control_tokens[found] + part["text"]}
+            text = part["text"]
+    return parts
+
+
+def _messages(conversation) -> Iterator[Mapping]:
+    """The messages of one conversation or of many."""
+    if isinstance(conversation, Mapping):
+        yield conversation
+    elif isinstance(conversation, (list, tuple)):
+        for one in conversation:
+            yield from _messages(one)
+
+
+def _map_messages(change: Callable[[Mapping], dict], conversation):
+    """Changes each message of one conversation or of many."""
+    if isinstance(conversation, Mapping):
+        return change(conversation)
+    if isinstance(conversation, (list, tuple)):
+        return [_map_messages(change, one) for one in conversation]
+    return conversation
+
+
+@contextmanager
+def _dropping_marks(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Meanwhile texts lose their marks, after control tokens have been looked for."""
+    backend = tokenizer.backend_tokenizer
+    normalizer, drop = backend.normalizer, normalizers.Replace(MARK, "")
+    backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
+    try:
+        yield
+    finally:
+        backend.normalizer = normalizer
 
 
 def _is_row(entry) -> bool:

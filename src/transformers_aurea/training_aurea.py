@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -311,9 +312,9 @@ def _total_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The norm of all these tensors together, those that are sharded over devices included."""
     by_mesh = defaultdict(list)
     for tensor in tensors:
-        by_mesh[getattr(tensor, "device_mesh", None)].append(tensor)
+        by_mesh[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
     norms = [nn.utils.get_total_norm(group) for group in by_mesh.values()]
-    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

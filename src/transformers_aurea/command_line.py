@@ -1,0 +1,20 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""What the example scripts share."""
+
+import sys
+
+
+def errors_in_one_line():
+    """From now on an error ends the process with one line and status 1. `--debug` among the arguments, which takes it
+    out of them, leaves the traceback."""
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        return
+
+    def print_error(kind: type[BaseException], error: BaseException, traceback):
+        if not issubclass(kind, Exception):  # Ctrl-C
+            return sys.__excepthook__(kind, error, traceback)
+        message = " ".join(str(error).split()) or kind.__name__
+        print(f"error: {message} (--debug shows where)", file=sys.stderr)
+
+    sys.excepthook = print_error
