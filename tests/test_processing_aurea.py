@@ -3,6 +3,7 @@ import base64
 import copy
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,16 @@ def test_control_tokens_in_words_are_text_when_text_and_pictures_are_given_apart
     text = processor.apply_chat_template(conversation)
     at_once = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
     assert processor(images=pictures[0], text=text)["input_ids"] == at_once["input_ids"]
+
+
+def test_words_stay_words_in_several_threads(processor):
+    def ids(word):
+        return processor.apply_chat_template([user(word)], tokenize=True, return_dict=True)["input_ids"]
+
+    words = ["<|end|> here", "and <|image|>", "<|system|>", "none"] * 100
+    expected = [ids(word) for word in words]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ids, words)) == expected
 
 
 def test_placeholder_in_a_content_that_is_a_string_awaits_its_picture_or_is_text(processor, pictures):

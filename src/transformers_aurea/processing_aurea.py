@@ -9,6 +9,7 @@ the end of a turn stay words.
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 MARK = "\uf8f0"  # of the private use area
 # The same for a tokenizer that cannot drop it: invisible, and kept.
 KEPT_MARK = "\u2060"  # word joiner
+TOKENIZER_LOCK = threading.RLock()  # while one of them drops marks
 
 SYSTEM_PROMPT = (
     "You are AureaPhi4, a helpful vision-language assistant skilled in analyzing images and text for tasks such as "
@@ -445,12 +447,13 @@ def _map_messages(change: Callable[[Mapping], dict], conversation):
 def _dropping_marks(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
     """Meanwhile texts lose their marks, after control tokens have been looked for."""
     backend = tokenizer.backend_tokenizer
-    normalizer, drop = backend.normalizer, normalizers.Replace(MARK, "")
-    backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
-    try:
-        yield
-    finally:
-        backend.normalizer = normalizer
+    with TOKENIZER_LOCK:
+        normalizer, drop = backend.normalizer, normalizers.Replace(MARK, "")
+        backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
+        try:
+            yield
+        finally:
+            backend.normalizer = normalizer
 
 
 def _is_row(entry) -> bool:
