@@ -3,6 +3,7 @@ import base64
 import copy
 import io
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -241,8 +242,13 @@ def test_words_stay_words_in_several_threads(processor):
 
     words = ["<|end|> here", "and <|image|>", "<|system|>", "none"] * 100
     expected = [ids(word) for word in words]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ids, words)) == expected
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads meet more often
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ids, words)) == expected
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_placeholder_in_a_content_that_is_a_string_awaits_its_picture_or_is_text(processor, pictures):
