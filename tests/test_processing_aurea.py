@@ -3,7 +3,6 @@ import base64
 import copy
 import io
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from PIL import Image
 from transformers import AddedToken, AutoTokenizer
 from transformers.image_utils import ChannelDimension
 
+from transformers_aurea import processing_aurea
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
 from transformers_aurea.processing_aurea import SYSTEM_PROMPT, AureaProcessor
 from transformers_aurea.tokenization_aurea import build_tokenizer
@@ -236,19 +236,18 @@ def test_control_tokens_in_words_are_text_when_text_and_pictures_are_given_apart
     assert processor(images=pictures[0], text=text)["input_ids"] == at_once["input_ids"]
 
 
-def test_words_stay_words_in_several_threads(processor):
-    def ids(word):
-        return processor.apply_chat_template([user(word)], tokenize=True, return_dict=True)["input_ids"]
+def test_one_thread_at_a_time_has_the_tokenizer_drop_marks(processor):
+    def ids():
+        return processor.apply_chat_template([user("<|end|> here")], tokenize=True, return_dict=True)["input_ids"]
 
-    words = ["<|end|> here", "and <|image|>", "<|system|>", "none"] * 100
-    expected = [ids(word) for word in words]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads meet more often
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(ids, words)) == expected
-    finally:
-        sys.setswitchinterval(interval)
+    expected = ids()
+    with ThreadPoolExecutor(1) as pool:
+        with processing_aurea._dropping_marks(processor.tokenizer):
+            waiting = pool.submit(ids)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+        assert waiting.result(timeout=60) == expected
+    assert processor.tokenizer.backend_tokenizer.normalizer is None
 
 
 def test_placeholder_in_a_content_that_is_a_string_awaits_its_picture_or_is_text(processor, pictures):
