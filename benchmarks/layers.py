@@ -11,7 +11,7 @@ from measuring import fastest, relative_error, set_precision
 from torch import nn
 from trials import BASE, RADIUS, SEED, Trial, new_row
 
-from transformers_aurea.fusion_aurea import SpatialRangeAttention, SpatialRangeFusion
+from transformers_aurea.fusion_aurea import AureaSpatialRangeAttention, AureaSpatialRangeFusion
 from transformers_aurea.spatial_range_attention_aurea import neighborhood_aggregate, spatial_range_weights
 
 
@@ -30,7 +30,7 @@ def twin(module, weights, aggregate):
     """A copy that shares the parameters and computes its attention with the given functions."""
     module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
     for layer in module.modules():
-        if isinstance(layer, SpatialRangeAttention):
+        if isinstance(layer, AureaSpatialRangeAttention):
             layer.spatial_range_weights = Function(weights)
             layer.neighborhood_aggregate = Function(aggregate)
     return module
@@ -40,7 +40,7 @@ def convert(module, dtype):
     """σ stays float32, as the model keeps it."""
     module.to(dtype)
     for layer in module.modules():
-        if isinstance(layer, SpatialRangeAttention) and dtype != torch.float64:
+        if isinstance(layer, AureaSpatialRangeAttention) and dtype != torch.float64:
             layer.sigma_spatial.data = layer.sigma_spatial.data.float()
 
 
@@ -112,7 +112,7 @@ def random_maps(bench, batch, widths):
 
 def benchmark_layer(bench, channels, precisions):
     torch.manual_seed(SEED)
-    layer = SpatialRangeAttention(channels, RADIUS).requires_grad_(False).to(bench.device.type)
+    layer = AureaSpatialRangeAttention(channels, RADIUS).requires_grad_(False).to(bench.device.type)
 
     def published(layer, *maps):
         return baselines.to_tokens(baselines.published_layer(layer, *maps))
@@ -124,7 +124,7 @@ def benchmark_layer(bench, channels, precisions):
 def benchmark_fusion(bench, depth, batch, precisions):
     """The stack at its published width."""
     torch.manual_seed(SEED)
-    fusion = SpatialRangeFusion(semantic_dim=1152, spatial_dim=1536, depth=depth, radius=RADIUS)
+    fusion = AureaSpatialRangeFusion(semantic_dim=1152, spatial_dim=1536, depth=depth, radius=RADIUS)
     fusion = fusion.requires_grad_(False).to(bench.device.type)
     features = random_maps(bench, batch, (1152, 1536))
     what = f"fusion of {4 * depth} layers"
@@ -165,7 +165,7 @@ def benchmark_layer_parts(bench, channels):
     """What fusing the fix-up network's pointwise steps could save: no more than they and the calls' overheads take."""
     source, guidance = random_maps(bench, 1, (channels, channels))
     guidance *= (2 / math.sqrt(channels)) ** 0.5
-    layer = SpatialRangeAttention(channels, RADIUS).requires_grad_(False).to(bench.device.type)
+    layer = AureaSpatialRangeAttention(channels, RADIUS).requires_grad_(False).to(bench.device.type)
     functions = (spatial_range_weights, neighborhood_aggregate)
     if bench.kernel:
         functions = (bench.kernel.spatial_range_weights, bench.kernel.neighborhood_aggregate)

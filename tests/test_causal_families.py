@@ -18,7 +18,7 @@ from conftest import TINY_VISION, random_pixels
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
-from transformers_aurea.configuration_aurea import UnfitLanguageModelError
+from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
 from transformers_aurea.language_model_aurea import decoder_of, name_in_owner
 from transformers_aurea.versions_aurea import CACHE_NAME
 
@@ -61,7 +61,7 @@ def pair(family: str) -> Pair:
     """An Aurea of the family's language model and that language model itself, with equal random weights.
 
     Raises:
-        UnfitLanguageModelError: the family is refused.
+        AureaUnfitLanguageModelError: the family is refused.
     """
     torch.manual_seed(0)
     text_config = tiny_text_config(family)
@@ -130,7 +130,7 @@ def check(family: str) -> str:
     """What became of a family: "equal" or "refused: …" with the reason; AssertionError if it is neither."""
     try:
         model, bare = pair(family)
-    except UnfitLanguageModelError as error:
+    except AureaUnfitLanguageModelError as error:
         return f"refused: {error.reason}"
     expected, logits = bare(**TEXT).logits, model(**TEXT).logits
     assert logits.shape == expected.shape

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, Trainer, Traini
 from transformers.distributed import DistributedConfig
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
-from transformers_aurea.cross_attention_aurea import WovenDecoderLayerMixin, woven_class
+from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin, woven_class
 from transformers_aurea.training_aurea import AuxiliaryLossLogger, GroupGradientNorms, set_trainable
 
 
@@ -288,7 +288,7 @@ def worker_fsdp(folder: Path):
     model = shard(training_model())
     assert_sharded(model)
     layer = model.model.language_model.layers[0]
-    assert isinstance(layer, FSDPModule) and isinstance(layer, WovenDecoderLayerMixin)
+    assert isinstance(layer, FSDPModule) and isinstance(layer, AureaWovenDecoderLayerMixin)
     results["all"] = train(model)
     assert_sharded(model)
 
@@ -329,7 +329,7 @@ def weave_what_is_sharded() -> float:
     with torch.no_grad():
         expected = decoder(input_ids=input_ids).last_hidden_state.clone()
         for layer in decoder.layers:
-            layer.__class__ = woven_class(WovenDecoderLayerMixin, type(layer))
+            layer.__class__ = woven_class(AureaWovenDecoderLayerMixin, type(layer))
             layer.cross_attention_block = layer.closing_cross_attention_block = None
         assert isinstance(decoder.layers[0], FSDPModule)
         return (decoder(input_ids=input_ids).last_hidden_state - expected).abs().max().item()
@@ -447,7 +447,7 @@ class TestAccelerate:
         assert results["sharded"] >= {
             "AureaForConditionalGeneration",
             "Phi3DecoderLayer",
-            "SpatialRangeAttention",
+            "AureaSpatialRangeAttention",
             "SiglipEncoderLayer",
             "Dinov2WithRegistersLayer",
         }
@@ -690,7 +690,7 @@ class TestLaunchConfigurations:
         assert model._no_split_modules <= names
         layers = model.model.language_model.get_submodule({"gpt2": "h"}.get(decoder, "layers"))
         expected = {type(layers[0]).__name__, "SiglipEncoderLayer", "Dinov2WithRegistersLayer"}
-        assert expected | ({"SpatialRangeAttention"} & names) <= model._no_split_modules
+        assert expected | ({"AureaSpatialRangeAttention"} & names) <= model._no_split_modules
 
 
 if __name__ == "__main__":

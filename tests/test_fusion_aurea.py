@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
-from transformers_aurea.fusion_aurea import FUSIONS, ConcatFusion, SpatialRangeAttention, SpatialRangeFusion
+from transformers_aurea.fusion_aurea import (
+    FUSIONS,
+    AureaConcatFusion,
+    AureaSpatialRangeAttention,
+    AureaSpatialRangeFusion,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -59,7 +64,7 @@ def published_state():
 
 @pytest.fixture
 def fusion(published_state):
-    fusion = SpatialRangeFusion(semantic_dim=32, spatial_dim=48, depth=2, radius=3)
+    fusion = AureaSpatialRangeFusion(semantic_dim=32, spatial_dim=48, depth=2, radius=3)
     fusion.load_state_dict(published_state)
     return fusion
 
@@ -216,7 +221,7 @@ def test_float64(fusion):
 
 
 def test_concat_fusion_is_norms_and_one_linear_layer():
-    fusion = ConcatFusion(32, 48, depth=1, radius=3)
+    fusion = AureaConcatFusion(32, 48, depth=1, radius=3)
     semantic, spatial = random_maps(2, 3)  # no neighbourhood, so any grid
     joint = torch.cat([fusion.spatial_norm(spatial), fusion.semantic_norm(semantic)], dim=-1)
     expected = (joint @ fusion.output_proj.weight.T).flatten(1, 2)
@@ -277,4 +282,4 @@ def test_maps_of_different_grids_are_refused(fusion_type, shapes):
 
 def test_a_grid_as_small_as_the_radius_is_refused():
     with pytest.raises(ValueError, match=r"3 x 8.*radius 3"):
-        SpatialRangeAttention(4, 3)(torch.zeros(1, 3, 8, 4), torch.zeros(1, 3, 8, 4))
+        AureaSpatialRangeAttention(4, 3)(torch.zeros(1, 3, 8, 4), torch.zeros(1, 3, 8, 4))

@@ -39,7 +39,7 @@ from transformers_aurea import (
     hub_kernels_aurea,
     kernel_status,
 )
-from transformers_aurea.fusion_aurea import SpatialRangeFusion
+from transformers_aurea.fusion_aurea import AureaSpatialRangeFusion
 
 
 if is_kernels_available():
@@ -280,7 +280,7 @@ class TestInPlace:
 
     def test_the_fusion_compiles_in_one_graph(self, kernel):
         torch.manual_seed(0)
-        fusion = SpatialRangeFusion(6, 4, depth=1, radius=1)
+        fusion = AureaSpatialRangeFusion(6, 4, depth=1, radius=1)
         maps = [torch.randn(1, 4, 5, channels, requires_grad=True) for channels in (6, 4)]
         expected = fusion(*maps)
         mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE

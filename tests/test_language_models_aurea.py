@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import transformers_aurea
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
-from transformers_aurea.configuration_aurea import UnfitLanguageModelError
+from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
 from transformers_aurea.cross_attention_aurea import woven_class
 from transformers_aurea.language_model_aurea import carries_cross_attention, decoder_of
 from transformers_aurea.versions_aurea import CACHE_NAME
@@ -209,7 +209,7 @@ class TestLanguageModels:
     @pytest.mark.parametrize("family", ["falcon", "mamba", "rwkv"])
     def test_decoders_that_would_drop_the_picture_are_refused(self, family):
         with pytest.raises(
-            UnfitLanguageModelError, match=f"'{family}'.*does not hand keyword arguments on to its layers"
+            AureaUnfitLanguageModelError, match=f"'{family}'.*does not hand keyword arguments on to its layers"
         ):
             AureaForConditionalGeneration(tiny_config({"model_type": family}, cross_attention_num_heads=4))
 
@@ -219,7 +219,7 @@ class TestLanguageModels:
         layer = decoder.layers[1]
         layer.__class__ = woven_class(Bypass, type(layer))
         with pytest.raises(
-            UnfitLanguageModelError, match=r"'phi3'.*Phi3Model does not call its layers \[1\] as modules"
+            AureaUnfitLanguageModelError, match=r"'phi3'.*Phi3Model does not call its layers \[1\] as modules"
         ):
             carries_cross_attention(decoder)
 
@@ -247,12 +247,14 @@ class TestLanguageModels:
     def test_a_refusal_says_why(self, family, reason):
         text_config = _TINY[family] if family in _TINY else tiny_text_config(family).to_dict()
         settings = {**TINY_VISION, "cross_attention_num_heads": 4, "cross_attention_head_dim": 8}
-        with pytest.raises(UnfitLanguageModelError, match=f"`text_config` is of type '{family}', .*{reason}"):
+        with pytest.raises(AureaUnfitLanguageModelError, match=f"`text_config` is of type '{family}', .*{reason}"):
             AureaForConditionalGeneration(AureaConfig(text_config=text_config, **settings))
 
     def test_a_decoder_that_does_not_tell_its_embeddings_is_refused(self):
         bart = AutoModelForCausalLM.from_config(tiny_text_config("bart"))
-        with pytest.raises(UnfitLanguageModelError, match="BartDecoderWrapper does not tell its input embeddings"):
+        with pytest.raises(
+            AureaUnfitLanguageModelError, match="BartDecoderWrapper does not tell its input embeddings"
+        ):
             decoder_of(bart)
 
     def test_what_the_probe_cannot_run_is_looked_at_with_the_first_picture(self, monkeypatch):
@@ -270,7 +272,7 @@ class TestLanguageModels:
         dropping = {"cross_attention_states": None}
         monkeypatch.setattr(Phi3Model, "forward", lambda self, **kwargs: without_probe(self, **{**kwargs, **dropping}))
         model(**inputs)  # it was seen to work
-        with pytest.raises(UnfitLanguageModelError, match="does not hand keyword arguments on"):
+        with pytest.raises(AureaUnfitLanguageModelError, match="does not hand keyword arguments on"):
             tiny_model()(**inputs)
 
     def test_a_configuration_imports_no_modelling_code(self):
@@ -473,7 +475,7 @@ class TestWholeness:
         assert model(torch.tensor([[3]])).logits.shape[-1] == 99
 
     def test_a_head_that_takes_no_decoder_output_is_refused(self):
-        with pytest.raises(UnfitLanguageModelError, match=r"'bloom'.*does not hand keyword arguments on"):
+        with pytest.raises(AureaUnfitLanguageModelError, match=r"'bloom'.*does not hand keyword arguments on"):
             AureaForConditionalGeneration(tiny_config({"model_type": "bloom"}))
 
 

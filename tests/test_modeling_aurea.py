@@ -18,7 +18,7 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
-from transformers_aurea.cross_attention_aurea import WovenDecoderLayerMixin, holds_visual_states, woven_class
+from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin, holds_visual_states, woven_class
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -1042,7 +1042,7 @@ class TestContract:
                 return hidden_states, "weights"
 
         layer, states = Layer(), torch.randn(1, 16, 32)
-        layer.__class__ = woven_class(WovenDecoderLayerMixin, Layer)
+        layer.__class__ = woven_class(AureaWovenDecoderLayerMixin, Layer)
         layer.cross_attention_block = None
         layer.closing_cross_attention_block = tiny_model().model.language_model.layers[0].cross_attention_block
         hidden_states, weights = layer(states[:, :5], cross_attention_states=states)

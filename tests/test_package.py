@@ -24,7 +24,7 @@ IMPORTABLE = [
     "AuxiliaryLossLogger",
     "DynamicTopKLogitsWarper",
     "GroupGradientNorms",
-    "KernelStatus",
+    "AureaKernelStatus",
     "SpatialRangeEntropy",
     "TrainableReport",
     "check_dataset",

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from transformers_aurea import spatial_range_attention_aurea as op
 from transformers_aurea.spatial_range_attention_aurea import (
-    NeighborhoodAggregate,
-    SpatialRangeWeights,
+    AureaNeighborhoodAggregate,
+    AureaSpatialRangeWeights,
     neighborhood_aggregate,
     spatial_range_weights,
 )
@@ -246,8 +246,8 @@ def test_traced_and_inference_calls_leave_the_cache_usable():
 class Attention(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weights = SpatialRangeWeights()
-        self.aggregate = NeighborhoodAggregate()
+        self.weights = AureaSpatialRangeWeights()
+        self.aggregate = AureaNeighborhoodAggregate()
 
     def forward(self, guidance, sigma, source):
         return self.aggregate(source, self.weights(guidance, sigma, 1), 1)

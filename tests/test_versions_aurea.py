@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers_aurea import versions_aurea
 from transformers_aurea.versions_aurea import (
     TESTED_VERSIONS,
-    UntestedVersionError,
+    AureaUntestedVersionError,
     names_untested_version,
     one_cache,
 )
@@ -48,7 +48,7 @@ def test_an_untested_release_is_named_with_the_tested_ones(monkeypatch, version)
     monkeypatch.setattr(transformers, "__version__", version)
     oldest, newest = TESTED_VERSIONS
     with pytest.raises(
-        UntestedVersionError, match=f"{version} is installed.*tested with {oldest} to {newest}"
+        AureaUntestedVersionError, match=f"{version} is installed.*tested with {oldest} to {newest}"
     ) as error:
         names_untested_version(failing(NOT_THERE))()
     assert error.value.__cause__ is NOT_THERE
@@ -63,7 +63,7 @@ def test_what_has_nothing_to_do_with_releases_stays_itself(untested, error):
 
 
 def test_it_is_said_once(untested):
-    with pytest.raises(UntestedVersionError) as error:
+    with pytest.raises(AureaUntestedVersionError) as error:
         names_untested_version(names_untested_version(failing(NOT_THERE)))()
     assert error.value.__cause__ is NOT_THERE
 

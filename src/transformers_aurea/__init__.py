@@ -16,7 +16,7 @@ from transformers import (
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .embedded_model import embedded_model_path
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
-from .hub_kernels_aurea import KernelStatus, configure_kernel, kernel_status
+from .hub_kernels_aurea import AureaKernelStatus, configure_kernel, kernel_status
 from .image_processing_aurea import AureaImageProcessor
 from .losses_aurea import feature_consistency_loss, feature_diversity, feature_diversity_loss, linear_cka
 from .modeling_aurea import AureaForConditionalGeneration, AureaModel, AureaPreTrainedModel
@@ -99,6 +99,8 @@ AureaModel.register_for_auto_class("AutoModel")
 AureaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 AureaImageProcessor.register_for_auto_class()
 AureaProcessor.register_for_auto_class()
+
+KernelStatus = AureaKernelStatus  # its former name
 
 __version__ = "0.1.0"
 

@@ -87,7 +87,7 @@ _AUTO_MAP = {
 enter_name_tables()
 
 
-class UnfitLanguageModelError(ValueError):
+class AureaUnfitLanguageModelError(ValueError):
     """A language model that cannot read pictures through cross-attention, and why."""
 
     def __init__(self, text_config: PreTrainedConfig, reason: str):
@@ -237,12 +237,14 @@ class AureaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         text_config = self.text_config
         if text_config.get_text_config() is not text_config:
-            raise UnfitLanguageModelError(text_config, "a language model with more around it. Give its `text_config`")
+            raise AureaUnfitLanguageModelError(
+                text_config, "a language model with more around it. Give its `text_config`"
+            )
         if text_config.is_encoder_decoder:
-            raise UnfitLanguageModelError(text_config, "which is not a decoder language model")
+            raise AureaUnfitLanguageModelError(text_config, "which is not a decoder language model")
         for name in ("hidden_size", "num_hidden_layers"):
             if not isinstance(optional_field(text_config, name), int):
-                raise UnfitLanguageModelError(text_config, f"whose configuration has no `{name}`")
+                raise AureaUnfitLanguageModelError(text_config, f"whose configuration has no `{name}`")
         if self.vision_config.model_type == "siglip_vision_model":
             self.vision_config.vision_use_head = False
         if self.spatial_vision_config.model_type == "siglip_vision_model":

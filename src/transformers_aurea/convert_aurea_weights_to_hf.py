@@ -485,9 +485,8 @@ def convert(
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # there only if it was not finished
     print(f"{output}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters")
 
 

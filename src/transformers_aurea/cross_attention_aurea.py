@@ -1,8 +1,8 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Cross-attention blocks, woven into the layers of any decoder, and the cache that keeps what they see.
 
-    decoder layer i  ─►  its class with WovenDecoderLayerMixin in front: block, then the layer, then a closing block
-    cache            ─►  its class with VisualStatesCacheMixin in front: also keys and values of the blocks
+    decoder layer i  ─►  its class after AureaWovenDecoderLayerMixin: block, then the layer, then a closing block
+    cache            ─►  its class after AureaVisualStatesCacheMixin: also keys and values of the blocks
 
 Both keep the name of their class, so parameter names, recorders, plans and patterns of the decoder stay what they are.
 """
@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
-from .configuration_aurea import AureaConfig, UnfitLanguageModelError
+from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError
 
 
 class AureaCrossAttention(nn.Module):
@@ -120,7 +120,7 @@ class AureaCrossAttentionBlock(nn.Module):
         return output if rows_with_image is None else torch.where(rows_with_image, output, hidden_states)
 
 
-class WovenDecoderLayerMixin:
+class AureaWovenDecoderLayerMixin:
     """A decoder layer with a cross-attention block before it (and, the last one, a closing block after it).
 
     `__call__` turns the visual states from a keyword into the last positional argument: under reentrant gradient
@@ -160,7 +160,7 @@ class WovenDecoderLayerMixin:
         return output
 
 
-class VisualStatesCacheMixin:
+class AureaVisualStatesCacheMixin:
     """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
 
     `visual` holds one layer per block. It may have fewer rows than the text, each for as many of its rows that follow
@@ -269,8 +269,8 @@ def _rebuild_woven(mixin: type, base: type):
 
 def weave_cache(cache: Cache):
     """Make the caller's own cache keep visual states, in place."""
-    if not isinstance(cache, VisualStatesCacheMixin):
-        cache.__class__ = woven_class(VisualStatesCacheMixin, type(cache))
+    if not isinstance(cache, AureaVisualStatesCacheMixin):
+        cache.__class__ = woven_class(AureaVisualStatesCacheMixin, type(cache))
         cache.image_counts = None
         cache.forget_visual_states()
 
@@ -285,14 +285,14 @@ def move_visual_states(visual: DynamicCache, num_images: torch.Tensor | None, im
 
 
 def holds_visual_states(cache: Cache | None) -> bool:
-    return isinstance(cache, VisualStatesCacheMixin) and cache.has_visual_states
+    return isinstance(cache, AureaVisualStatesCacheMixin) and cache.has_visual_states
 
 
 def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules.
 
     Raises:
-        UnfitLanguageModelError: there is none.
+        AureaUnfitLanguageModelError: there is none.
     """
     num_layers = language_model.config.num_hidden_layers
     lists = [
@@ -301,7 +301,7 @@ def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
     if not lists:
-        raise UnfitLanguageModelError(
+        raise AureaUnfitLanguageModelError(
             language_model.config,
             f"whose {type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into "
             "which cross-attention blocks could be woven",

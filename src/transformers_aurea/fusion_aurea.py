@@ -6,20 +6,20 @@
                                       concatenation, 2D ──────┘ joint layers, reading the maps as they came in
                                       linear ──► (B, H·W, 2D)
 
-Each layer of `SpatialRangeFusion` gathers, for every position, its neighbours in a *source* map; a *guidance* map, the
-running state of the stack, decides how much each neighbour counts (`SpatialRangeAttention`). The sources stay fixed.
-A fusion takes plain numbers, so that it can live in any model; `FUSIONS` lists them by name. All of them need the two
-maps on one grid and have `output_dim` channels.
+Each layer of `AureaSpatialRangeFusion` gathers, for every position, its neighbours in a *source* map; a *guidance*
+map, the running state of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttention`). The sources
+stay fixed. A fusion takes plain numbers, so that it can live in any model; `FUSIONS` lists them by name. All of them
+need the two maps on one grid and have `output_dim` channels.
 """
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWeights
+from .spatial_range_attention_aurea import AureaNeighborhoodAggregate, AureaSpatialRangeWeights
 
 
-class PointwiseProjection(nn.Module):
+class AureaPointwiseProjection(nn.Module):
     """Linear, LayerNorm, activation, linear at each position. The norm's statistics are float32 in every dtype.
 
     Maps `(batch, height, width, channels)` pass as tokens, which is what quantised linear layers take, and in the
@@ -39,7 +39,7 @@ class PointwiseProjection(nn.Module):
         return tokens.unflatten(1, features.shape[1:3])
 
 
-class SpatialRangeAttention(GradientCheckpointingLayer):
+class AureaSpatialRangeAttention(GradientCheckpointingLayer):
     """Attention over the neighbourhood of each position, with weights that a small network corrects before use.
 
     The residual is the caller's. `sigma_spatial`, the width of the spatial kernel, may stay float32 beside weights of
@@ -56,12 +56,12 @@ class SpatialRangeAttention(GradientCheckpointingLayer):
         super().__init__()
         self.radius = radius
         num_neighbors = (2 * radius + 1) ** 2
-        self.range_proj = PointwiseProjection(dim, dim, nn.SiLU())
-        self.fixup_proj = PointwiseProjection(num_neighbors + dim, num_neighbors, nn.SiLU())
-        self.output_proj = PointwiseProjection(dim, dim, nn.Identity())
+        self.range_proj = AureaPointwiseProjection(dim, dim, nn.SiLU())
+        self.fixup_proj = AureaPointwiseProjection(num_neighbors + dim, num_neighbors, nn.SiLU())
+        self.output_proj = AureaPointwiseProjection(dim, dim, nn.Identity())
         self.sigma_spatial = nn.Parameter(torch.ones(1, dtype=torch.float32))  # FSDP2 shards no 0-dimensional one
-        self.spatial_range_weights = SpatialRangeWeights()
-        self.neighborhood_aggregate = NeighborhoodAggregate()
+        self.spatial_range_weights = AureaSpatialRangeWeights()
+        self.neighborhood_aggregate = AureaNeighborhoodAggregate()
 
     def forward(self, source: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """Two maps of `(batch, height, width, dim)` → one; ValueError if the grid is not larger than the radius."""
@@ -81,7 +81,7 @@ def _check_grids(semantic_features: torch.Tensor, spatial_features: torch.Tensor
         )
 
 
-class SpatialRangeFusion(nn.Module):
+class AureaSpatialRangeFusion(nn.Module):
     """The published fusion: spatial-range attention refines the semantic map, then both maps together.
 
     Args:
@@ -98,8 +98,10 @@ class SpatialRangeFusion(nn.Module):
         self.semantic_norm = nn.LayerNorm(semantic_dim, eps=layer_norm_eps)
         self.spatial_norm = nn.LayerNorm(spatial_dim, eps=layer_norm_eps)
         self.semantic_proj = nn.Linear(semantic_dim, spatial_dim, bias=False)
-        self.semantic_layers = nn.ModuleList(SpatialRangeAttention(spatial_dim, radius) for _ in range(2 * depth))
-        self.joint_layers = nn.ModuleList(SpatialRangeAttention(self.output_dim, radius) for _ in range(2 * depth))
+        self.semantic_layers = nn.ModuleList(AureaSpatialRangeAttention(spatial_dim, radius) for _ in range(2 * depth))
+        self.joint_layers = nn.ModuleList(
+            AureaSpatialRangeAttention(self.output_dim, radius) for _ in range(2 * depth)
+        )
         self.output_proj = nn.Linear(self.output_dim, self.output_dim, bias=False)
 
     def forward(
@@ -130,10 +132,10 @@ class SpatialRangeFusion(nn.Module):
         return (tokens, joint) if return_map else tokens
 
 
-class ConcatFusion(nn.Module):
+class AureaConcatFusion(nn.Module):
     """The plain alternative: both maps, normalised, side by side, and one linear layer. Looks at no neighbours.
 
-    Takes the arguments of `SpatialRangeFusion`; depth and radius mean nothing here.
+    Takes the arguments of `AureaSpatialRangeFusion`; depth and radius mean nothing here.
     """
 
     encoders = ("spatial", "semantic")
@@ -161,7 +163,7 @@ class ConcatFusion(nn.Module):
         return (tokens, joint) if return_map else tokens
 
 
-class SemanticFusion(ConcatFusion):
+class AureaSemanticFusion(AureaConcatFusion):
     """No fusion: the semantic encoder's map alone, normalised, and one linear layer. A baseline of comparisons.
 
     The spatial encoder runs, but is not used: freeze it, lest several processes wait for its gradients.
@@ -170,15 +172,15 @@ class SemanticFusion(ConcatFusion):
     encoders = ("semantic",)
 
 
-class SpatialFusion(ConcatFusion):
-    """No fusion: the spatial encoder's map alone. As [`SemanticFusion`], with the encoders' parts exchanged."""
+class AureaSpatialFusion(AureaConcatFusion):
+    """No fusion: the spatial encoder's map alone. As [`AureaSemanticFusion`], with the encoders' parts exchanged."""
 
     encoders = ("spatial",)
 
 
 FUSIONS = {
-    "spatial_range": SpatialRangeFusion,
-    "concat": ConcatFusion,
-    "semantic": SemanticFusion,
-    "spatial": SpatialFusion,
+    "spatial_range": AureaSpatialRangeFusion,
+    "concat": AureaConcatFusion,
+    "semantic": AureaSemanticFusion,
+    "spatial": AureaSpatialFusion,
 }

@@ -29,12 +29,12 @@ from torch import nn
 from transformers.utils import ENV_VARS_TRUE_VALUES, is_kernels_available, logging
 from transformers.utils.hub import is_offline_mode
 
-from .spatial_range_attention_aurea import NeighborhoodAggregate, SpatialRangeWeights
+from .spatial_range_attention_aurea import AureaNeighborhoodAggregate, AureaSpatialRangeWeights
 
 
 logger = logging.get_logger(__name__)
 
-LAYERS = {"SpatialRangeWeights": SpatialRangeWeights, "NeighborhoodAggregate": NeighborhoodAggregate}
+LAYERS = {"SpatialRangeWeights": AureaSpatialRangeWeights, "NeighborhoodAggregate": AureaNeighborhoodAggregate}
 
 WHY_NO_KERNELS = ""
 if not is_kernels_available():
@@ -43,7 +43,7 @@ if not is_kernels_available():
         installed = importlib.metadata.version("kernels")
         WHY_NO_KERNELS = f"`kernels` cannot be used: this transformers does not accept version {installed}"
     WHY_NO_KERNELS += ". `pip install 'transformers[kernels]'` gets one that fits"
-elif not hasattr(SpatialRangeWeights, "kernel_layer_name"):
+elif not hasattr(AureaSpatialRangeWeights, "kernel_layer_name"):
     WHY_NO_KERNELS = "the environment variable USE_HUB_KERNELS switches kernels off"
 elif os.environ.get("DISABLE_KERNEL_MAPPING", "0") != "0":
     WHY_NO_KERNELS = "the environment variable DISABLE_KERNEL_MAPPING switches kernels off"
@@ -65,7 +65,7 @@ NOT_ASKED_FOR = (
 )
 
 
-class KernelSource(NamedTuple):
+class AureaKernelSource(NamedTuple):
     """A local build or, without a path, a hub repository."""
 
     path: Path | None = None
@@ -88,12 +88,12 @@ class KernelSource(NamedTuple):
         return folder
 
 
-def _named_sources() -> list[KernelSource]:
+def _named_sources() -> list[AureaKernelSource]:
     names = ("PATH", "REPO", "REVISION", "TRUST_REMOTE_CODE")
     path, repo_id, revision, trusted = (os.environ.get(f"AUREA_KERNEL_{name}", "") for name in names)
-    sources = [KernelSource(Path(path).expanduser().resolve())] if path else []
+    sources = [AureaKernelSource(Path(path).expanduser().resolve())] if path else []
     if repo_id:
-        sources.append(KernelSource(None, repo_id, revision or "v1", trusted.upper() in ENV_VARS_TRUE_VALUES))
+        sources.append(AureaKernelSource(None, repo_id, revision or "v1", trusted.upper() in ENV_VARS_TRUE_VALUES))
     return sources
 
 
@@ -121,7 +121,7 @@ def _kernelize(layers: list[nn.Module], folder: Path | None, device: torch.devic
             kernels.kernelize(layer, mode=mode, device=device.type, use_fallback=folder is None)
 
 
-def _open(source: KernelSource | None, device: torch.device, radius: int) -> tuple[Path | None, str]:
+def _open(source: AureaKernelSource | None, device: torch.device, radius: int) -> tuple[Path | None, str]:
     """Folder of a source, if any; and why it cannot be used, nothing if its layers compute what ours do."""
     ours, theirs = ([layer() for layer in LAYERS.values()] for _ in range(2))
     try:
@@ -170,7 +170,7 @@ def configure_kernel(
     _remembered.cache_clear()
 
 
-class KernelStatus(NamedTuple):
+class AureaKernelStatus(NamedTuple):
     """What computes a model's spatial-range attention: `"kernel"`, `"pytorch"` or, if layers differ, `"mixed"`; the
     folder of the kernel in use, None if there is none; and why."""
 
@@ -181,7 +181,8 @@ class KernelStatus(NamedTuple):
 
 def _layers_of(model: nn.Module) -> list[nn.Module]:
     # By name: a model loaded with `trust_remote_code` has classes of its own.
-    return [module for module in model.modules() if type(module).__name__ in LAYERS]
+    names = {layer.__name__ for layer in LAYERS.values()}
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _source_in_use(layer: nn.Module) -> str | None:
@@ -191,22 +192,22 @@ def _source_in_use(layer: nn.Module) -> str | None:
     return None if forward is type(layer).forward else str(Path(inspect.getfile(forward)).parent)
 
 
-def kernel_status(model: nn.Module) -> KernelStatus:
+def kernel_status(model: nn.Module) -> AureaKernelStatus:
     """What computes the spatial-range attention of a model, or of any part of one, as it stands now, and why."""
     layers = _layers_of(model)
     if not layers:
-        return KernelStatus("pytorch", None, "there is no spatial-range attention in it")
+        return AureaKernelStatus("pytorch", None, "there is no spatial-range attention in it")
     sources = [_source_in_use(layer) for layer in layers]
     in_use = ", ".join(sorted(set(filter(None, sources)))) or None
     if all(sources):
-        return KernelStatus("kernel", in_use, "it was asked for, and computes what PyTorch does")
+        return AureaKernelStatus("kernel", in_use, "it was asked for, and computes what PyTorch does")
     reason = WHY_NO_KERNELS or vars(layers[sources.index(None)]).get("why_pytorch", NOT_ASKED_FOR)
     if in_use is None:
-        return KernelStatus("pytorch", None, reason)
-    return KernelStatus("mixed", in_use, f"{sources.count(None)} of {len(layers)} layers are PyTorch's: {reason}")
+        return AureaKernelStatus("pytorch", None, reason)
+    return AureaKernelStatus("mixed", in_use, f"{sources.count(None)} of {len(layers)} layers are PyTorch's: {reason}")
 
 
-class HubKernelsMixin:
+class AureaHubKernelsMixin:
     """A `PreTrainedModel`'s switch for kernels, so that it follows the model's device and can be switched off."""
 
     configure_kernel = staticmethod(configure_kernel)

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .configuration_aurea import AureaConfig, UnfitLanguageModelError, optional_field
+from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError, optional_field
 from .cross_attention_aurea import decoder_layers, woven_class
 
 
@@ -40,33 +40,35 @@ def decoder_of(causal_lm: PreTrainedModel) -> tuple[str, PreTrainedModel]:
     """Name and module of the decoder in a `...ForCausalLM`: its one child that is a model of its own.
 
     Raises:
-        UnfitLanguageModelError: there is none, or more than one; it has no input embeddings, or its head takes no
+        AureaUnfitLanguageModelError: there is none, or more than one; it has no input embeddings, or its head takes no
             `logits_to_keep`.
     """
     models = [(name, child) for name, child in causal_lm.named_children() if isinstance(child, PreTrainedModel)]
     if len(models) != 1:
-        raise UnfitLanguageModelError(
+        raise AureaUnfitLanguageModelError(
             causal_lm.config,
             f"whose {type(causal_lm).__name__} has {len(models)} models inside, where one is looked for: its decoder",
         )
     name, decoder = models[0]
     if "logits_to_keep" not in signature(causal_lm.forward).parameters:
-        raise UnfitLanguageModelError(causal_lm.config, f"whose {type(causal_lm).__name__} takes no `logits_to_keep`")
+        raise AureaUnfitLanguageModelError(
+            causal_lm.config, f"whose {type(causal_lm).__name__} takes no `logits_to_keep`"
+        )
     try:
         decoder.get_input_embeddings()
     except NotImplementedError:
-        raise UnfitLanguageModelError(
+        raise AureaUnfitLanguageModelError(
             causal_lm.config, f"whose {type(decoder).__name__} does not tell its input embeddings"
         ) from None
     return name, decoder
 
 
 def check_is_decoder(text_config: PreTrainedConfig) -> None:
-    """Raises UnfitLanguageModelError unless it is the configuration of a decoder language model of transformers."""
+    """Raises AureaUnfitLanguageModelError unless it configures a decoder language model of transformers."""
     if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
+        raise AureaUnfitLanguageModelError(text_config, "which is not a decoder language model of transformers")
     if type(text_config) in MODEL_FOR_MASKED_LM_MAPPING and not optional_field(text_config, "is_decoder"):
-        raise UnfitLanguageModelError(
+        raise AureaUnfitLanguageModelError(
             text_config, "which is not a decoder language model: it reads both ways, unless its `is_decoder` is set"
         )
 
@@ -81,7 +83,7 @@ class _Reached(Exception):
     """In the place of a decoder's output: tells that it reached the head, which need not be run for that."""
 
 
-class DecoderStandIn:
+class AureaDecoderStandIn:
     """In the place of a decoder that has run: called, it gives the output handed to it; else it is the decoder.
 
     Args:
@@ -95,7 +97,7 @@ class DecoderStandIn:
 
     def __call__(self, *args, decoder_output: ModelOutput | None = None, **kwargs) -> ModelOutput:
         if decoder_output is None:
-            raise UnfitLanguageModelError(
+            raise AureaUnfitLanguageModelError(
                 self._owner.get_decoder().config,
                 "whose head does not hand keyword arguments on to its decoder, whose output could not reach it",
             )
@@ -107,11 +109,11 @@ class DecoderStandIn:
         if "_path" not in self.__dict__:  # while it is being copied
             raise AttributeError(name)
         value = attrgetter(".".join((*self._path, name)))(self._owner.get_decoder())
-        return DecoderStandIn(self._owner, (*self._path, name)) if isinstance(value, PreTrainedModel) else value
+        return AureaDecoderStandIn(self._owner, (*self._path, name)) if isinstance(value, PreTrainedModel) else value
 
 
-class ModulelessCausalLMMixin:
-    """A `...ForCausalLM` whose modules are its owner's, but for the decoder, for which a `DecoderStandIn` stands.
+class AureaModulelessCausalLMMixin:
+    """A `...ForCausalLM` whose modules are its owner's, and in whose decoder's place is an `AureaDecoderStandIn`.
 
     It is no submodule of its owner, hence in no state dict, plan or hook: these know the owner's modules, which may be
     replaced there (LoRA, quantisation, resizing) and are looked up on each call.
@@ -144,7 +146,7 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
         decoder: the name that the decoder has in `owner`, for weights that head and decoder share.
 
     Raises:
-        UnfitLanguageModelError: the decoder's output does not reach the head.
+        AureaUnfitLanguageModelError: the decoder's output does not reach the head.
     """
     prefix, _ = decoder_of(causal_lm)
     delattr(causal_lm, prefix)
@@ -168,7 +170,7 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
     owner._is_stateful = causal_lm._is_stateful
     owner._can_compile_fullgraph = causal_lm._can_compile_fullgraph
     owner.vocab_size = causal_lm.config.vocab_size
-    causal_lm.__class__ = woven_class(ModulelessCausalLMMixin, type(causal_lm))
+    causal_lm.__class__ = woven_class(AureaModulelessCausalLMMixin, type(causal_lm))
     give_causal_lm(causal_lm, prefix, owner)
     with suppress(_Reached, RuntimeError):  # as far as where its decoder stood; a run without data may fail before
         causal_lm(input_ids=torch.zeros(1, 1, dtype=torch.long, device="meta"), decoder_output=_Reached())
@@ -176,7 +178,7 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
 
 def give_causal_lm(causal_lm: PreTrainedModel, prefix: str, owner: PreTrainedModel) -> None:
     """Makes them know each other. Not by assignment: they would become submodules."""
-    causal_lm.__dict__ |= {"owner": owner, "decoder_name": prefix, prefix: DecoderStandIn(owner)}
+    causal_lm.__dict__ |= {"owner": owner, "decoder_name": prefix, prefix: AureaDecoderStandIn(owner)}
     owner.__dict__["causal_lm"] = causal_lm
 
 
@@ -185,7 +187,7 @@ def watched_layers(decoder: PreTrainedModel):
     """While the decoder is run with visual states, sees to it that they reach all its layers.
 
     Raises:
-        UnfitLanguageModelError: they do not, or a layer's hidden states are not `(batch, tokens, hidden_size)`.
+        AureaUnfitLanguageModelError: they do not, or a layer's hidden states are not `(batch, tokens, hidden_size)`.
     """
     layers = decoder_layers(decoder)[1]
     reached = set()
@@ -193,13 +195,13 @@ def watched_layers(decoder: PreTrainedModel):
     def look(layer: nn.Module, arguments: tuple):
         hidden_states, *_, visual_states = arguments
         if visual_states is None:
-            raise UnfitLanguageModelError(
+            raise AureaUnfitLanguageModelError(
                 decoder.config,
                 f"whose {type(decoder).__name__} does not hand keyword arguments on to its layers: the visual states "
                 "could not reach the cross-attention blocks",
             )
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != decoder.config.hidden_size:
-            raise UnfitLanguageModelError(
+            raise AureaUnfitLanguageModelError(
                 decoder.config,
                 f"whose layers' hidden states have the shape {tuple(hidden_states.shape)}, not (batch, tokens, "
                 f"{decoder.config.hidden_size})",
@@ -215,7 +217,7 @@ def watched_layers(decoder: PreTrainedModel):
     if decoder.training:
         return  # in which a layer may be dropped
     if missed := [idx for idx, layer in enumerate(layers) if layer not in reached]:
-        raise UnfitLanguageModelError(
+        raise AureaUnfitLanguageModelError(
             decoder.config, f"whose {type(decoder).__name__} does not call its layers {missed} as modules"
         )
 
@@ -239,7 +241,7 @@ def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     Two tokens pass through a copy of it on the meta device and, if that cannot be, through it where its weights are.
 
     Raises:
-        UnfitLanguageModelError: it was run, and does not carry them.
+        AureaUnfitLanguageModelError: it was run, and does not carry them.
     """
     makers = [lambda: _copy_on_meta(decoder)]
     if decoder.device.type != "meta":
@@ -266,7 +268,7 @@ def _was_carried(make_decoder: Callable[[], PreTrainedModel]) -> bool:
                 use_cache=False,
             )
         return True
-    except UnfitLanguageModelError:
+    except AureaUnfitLanguageModelError:
         raise
     except (RuntimeError, ValueError) as error:
         # For want of data, or of a mask of another shape. It says nothing of the layers; the first picture will.

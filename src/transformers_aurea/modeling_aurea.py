@@ -49,16 +49,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing,
 from .configuration_aurea import AureaConfig, optional_field
 from .cross_attention_aurea import (
     AureaCrossAttentionBlock,
-    VisualStatesCacheMixin,
-    WovenDecoderLayerMixin,
+    AureaVisualStatesCacheMixin,
+    AureaWovenDecoderLayerMixin,
     decoder_layers,
     holds_visual_states,
     move_visual_states,
     weave_cache,
     woven_class,
 )
-from .fusion_aurea import FUSIONS, SpatialRangeAttention
-from .hub_kernels_aurea import HubKernelsMixin
+from .fusion_aurea import FUSIONS, AureaSpatialRangeAttention
+from .hub_kernels_aurea import AureaHubKernelsMixin
 from .language_model_aurea import (
     carries_cross_attention,
     decoder_of,
@@ -288,14 +288,14 @@ def _in_evaluation_mode(modules: list[nn.Module]):
             module.train()
 
 
-class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
+class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     config: AureaConfig
     config_class = AureaConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SpatialRangeAttention"]
+    _no_split_modules = ["AureaSpatialRangeAttention"]
     _skip_keys_device_placement = ["past_key_values", "cache", "visual_cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -323,7 +323,7 @@ class AureaPreTrainedModel(HubKernelsMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, SpatialRangeAttention):
+        if isinstance(module, AureaSpatialRangeAttention):
             init.ones_(module.sigma_spatial)
 
     def post_init(self):
@@ -419,7 +419,7 @@ class AureaModel(AureaPreTrainedModel):
 
         # Every layer, also those without a block, so that no keyword of ours reaches the decoder's attention.
         for position, layer in enumerate(layers):
-            layer.__class__ = woven_class(WovenDecoderLayerMixin, type(layer))
+            layer.__class__ = woven_class(AureaWovenDecoderLayerMixin, type(layer))
             layer.cross_attention_block = block(position)
             layer.closing_cross_attention_block = block(len(layers)) if position + 1 == len(layers) else None
 
@@ -604,7 +604,7 @@ class AureaModel(AureaPreTrainedModel):
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)  # (batch, T)
         image_outputs = image_features = auxiliary_losses = None
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            seen = cache.images_seen if isinstance(cache, VisualStatesCacheMixin) else None
+            seen = cache.images_seen if isinstance(cache, AureaVisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
             if cache is not None and _has_text_that_should_have_seen(cache, counts):
                 logger.warning_once(
@@ -948,7 +948,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
         if cache is not None and model_inputs.get(CACHE_NAME) is None:
             # The language model reads all its text anew (Phi-3, where its rotary frequencies change): into the same
             # cache, which may be the caller's, and which keeps the pictures.
-            cache.forget_text() if isinstance(cache, VisualStatesCacheMixin) else cache.reset()
+            cache.forget_text() if isinstance(cache, AureaVisualStatesCacheMixin) else cache.reset()
             model_inputs[CACHE_NAME] = cache
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
@@ -1009,7 +1009,7 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
             # Only the new text was given if the positions go back further than it.
             position_ids = model_kwargs.get("position_ids")
             is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
-            seen = cache.images_seen if is_continued and isinstance(cache, VisualStatesCacheMixin) else None
+            seen = cache.images_seen if is_continued and isinstance(cache, AureaVisualStatesCacheMixin) else None
             counts = _image_counts(image_tokens, pixel_values.shape[0], seen)
             if cache is not None and not is_continued and _has_text_that_should_have_seen(cache, counts):
                 cache.reset()  # the whole text was given, and is read again

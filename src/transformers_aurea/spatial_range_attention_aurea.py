@@ -278,7 +278,7 @@ def neighborhood_aggregate(source: torch.Tensor, weights: torch.Tensor, radius: 
 
 
 @use_kernel_forward_from_hub("SpatialRangeWeights")
-class SpatialRangeWeights(nn.Module):
+class AureaSpatialRangeWeights(nn.Module):
     """`spatial_range_weights` as a module without parameters, whose place a kernel may take."""
 
     def forward(self, guidance: torch.Tensor, sigma: torch.Tensor, radius: int) -> torch.Tensor:
@@ -286,7 +286,7 @@ class SpatialRangeWeights(nn.Module):
 
 
 @use_kernel_forward_from_hub("NeighborhoodAggregate")
-class NeighborhoodAggregate(nn.Module):
+class AureaNeighborhoodAggregate(nn.Module):
     """`neighborhood_aggregate` as a module without parameters, whose place a kernel may take."""
 
     def forward(self, source: torch.Tensor, weights: torch.Tensor, radius: int) -> torch.Tensor:

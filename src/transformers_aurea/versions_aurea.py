@@ -33,7 +33,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-class UntestedVersionError(RuntimeError):
+class AureaUntestedVersionError(RuntimeError):
     """Something failed with a release of transformers that was not tested; the reason is its `__cause__`."""
 
 
@@ -47,10 +47,10 @@ def names_untested_version(method: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         try:
             return method(*args, **kwargs)
-        except (UntestedVersionError, torch.OutOfMemoryError):
+        except (AureaUntestedVersionError, torch.OutOfMemoryError):
             raise
         except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
-            raise UntestedVersionError(
+            raise AureaUntestedVersionError(
                 f"transformers {transformers.__version__} is installed; Aurea was tested with "
                 f"{TESTED_VERSIONS[0]} to {TESTED_VERSIONS[1]}. If the error above is not of your making, install one "
                 "of these."
@@ -59,4 +59,4 @@ def names_untested_version(method: Callable) -> Callable:
     return wrapped
 
 
-__all__ = ["CACHE_NAME", "TESTED_VERSIONS", "UntestedVersionError", "names_untested_version", "one_cache"]
+__all__ = ["CACHE_NAME", "TESTED_VERSIONS", "AureaUntestedVersionError", "names_untested_version", "one_cache"]
