@@ -31,7 +31,7 @@ CHAT_TEMPLATE = """
             {%- if part['type'] not in ('image', 'image_url', 'text') -%}
                 {{- raise_exception("Contents are text and image, not " ~ part['type']) -}}
             {%- endif -%}
-            {{- part['text'] if part['type'] == 'text' else '<|image|>' -}}
+            {{- part['text'] or '' if part['type'] == 'text' else '<|image|>' -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}

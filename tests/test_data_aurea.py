@@ -348,6 +348,8 @@ def test_batch_is_what_the_processor_makes_of_it(processor):
     images = [row["images"] for row in rows]
     texts = [processor.apply_chat_template(row["messages"]) for row in rows]
     expected = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
+    placeholders = expected.pop("mm_token_type_ids")  # which in a batch are all tokens of their id
+    assert torch.equal(placeholders == 1, expected["input_ids"] == processor.image_token_id)
     assert batch.keys() == {*expected, "labels"}
     assert all(torch.equal(batch[name], expected[name]) for name in expected)
     assert batch["pixel_values"].shape == (3, 2, 3, 28, 28)

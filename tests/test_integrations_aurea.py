@@ -256,7 +256,7 @@ class TestPeft:
         inputs = golden_processor(images=row["images"], text=row["text"], return_tensors="pt")
         config = {
             "trainable_tokens": peft.LoraConfig(target_modules=["o_proj"], trainable_token_indices=[64]),
-            "lora": peft.LoraConfig(target_modules=["embed_tokens"]),
+            "lora": peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False),
             "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         }[settings]
         model = peft.get_peft_model(load(converted), config).eval()

@@ -222,9 +222,10 @@ class AureaVisualStatesCacheMixin:
     def reorder_cache(self, beam_idx: torch.LongTensor):
         super().reorder_cache(beam_idx)
         if self.has_visual_states:
-            beams = beam_idx.shape[0] // self.visual.layers[0].keys.shape[0]
+            num_rows = self.image_counts.shape[0]
+            beams = num_rows // self.visual.layers[0].keys.shape[0]
+            pictures = torch.arange(num_rows, device=beam_idx.device) // beams
             # Where each row goes on as one that sees the same pictures, all their keys would be copied for nothing.
-            pictures = torch.arange(beam_idx.shape[0], device=beam_idx.device) // beams
             if beams == 1 or not torch.equal(beam_idx // beams, pictures):
                 self._select_visual_rows(beam_idx)
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))

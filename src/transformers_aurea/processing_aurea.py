@@ -49,7 +49,7 @@ _RENDER = """{%- macro render(content) -%}
             {%- if part['type'] in ['image', 'image_url'] -%}
                 {{- '<|image|>' -}}
             {%- elif part['type'] == 'text' -%}
-                {{- part['text'] -}}
+                {{- part['text'] or '' -}}
             {%- else -%}
                 {{- raise_exception("Content must be of type 'text' or 'image', got '" ~ part['type'] ~ "'") -}}
             {%- endif -%}
@@ -277,29 +277,41 @@ class AureaProcessor(ProcessorMixin):
         lists of parts, may hold placeholders, for pictures that are given with the text.
 
         Raises:
-            ValueError: `tools` are given, and the chat template does not write them.
+            ValueError: `tools` or `documents` are given, and the chat template does not write them; or a message has
+                pictures beside its content.
         """
+        for message in _messages(conversation):
+            if beside := [name for name in ("image", "images") if message.get(name)]:
+                raise ValueError(
+                    f"A message has `{beside[0]}` beside its `content`, where no picture is looked for. Put each into "
+                    'the content: [{"type": "image", "image": ...}, {"type": "text", "text": ...}].'
+                )
         control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
         conversation = self.mark_words(conversation, keep_placeholders=not kwargs.get("tokenize"))
         tools, documents = _mark(tools, control_tokens), _mark(documents, control_tokens)
-        self._check_tools_are_written(conversation, chat_template, tools)
+        self._check_all_is_written(conversation, chat_template, tools, documents)
         return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
 
     def mark_words(self, conversation, keep_placeholders: bool = False):
         """A conversation, or a list of them, with a mark in every word that reads like a control token; see
-        `apply_chat_template`, which does it. `keep_placeholders`: except image tokens, if all contents are strings."""
+        `apply_chat_template`, which does it. `keep_placeholders`: except image tokens, in conversations whose contents
+        are all strings."""
+        if isinstance(conversation, (list, tuple)) and not all(isinstance(one, Mapping) for one in conversation):
+            return [self.mark_words(one, keep_placeholders) for one in conversation]
         control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
-        if keep_placeholders and not any(isinstance(one.get("content"), list) for one in _messages(conversation)):
+        contents = [message.get("content") for message in _messages(conversation)]
+        if keep_placeholders and not any(isinstance(content, (list, tuple)) for content in contents):
             control_tokens = {token: mark for token, mark in control_tokens.items() if token != self.image_token}
         return _map_messages(lambda message: _mark(message, control_tokens), conversation)
 
-    def _check_tools_are_written(self, conversation, chat_template: str | None, tools) -> None:
+    def _check_all_is_written(self, conversation, chat_template: str | None, tools, documents) -> None:
         render = super().apply_chat_template
-        if tools and render(conversation, chat_template, tools) == render(conversation, chat_template):
-            raise ValueError(
-                "The chat template does not write `tools`, so the model would not see them. Describe them in a system "
-                "message, or give a `chat_template` that writes them."
-            )
+        for name, value in {"tools": tools, "documents": documents}.items():
+            if value and render(conversation, chat_template, **{name: value}) == render(conversation, chat_template):
+                raise ValueError(
+                    f"The chat template does not write `{name}`, so the model would not see them. Describe them in a "
+                    "system message, or give a `chat_template` that writes them."
+                )
         if any(message.get("tool_calls") for message in _messages(conversation)):
             without = _map_messages(lambda message: {**message, "tool_calls": []}, conversation)
             if render(conversation, chat_template) != render(without, chat_template):
