@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY_TEXT, tiny_config, tiny_model
+from conftest import FIXTURES, TINY_TEXT, TINY_VISION, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
@@ -50,6 +50,14 @@ def test_default_rotary_frequencies_are_the_recorded_ones_at_every_length():
 )
 def test_published_rule_of_block_positions(num_layers, positions):
     assert tiny_config({"num_hidden_layers": num_layers}).cross_attention_positions == positions
+
+
+@pytest.mark.parametrize(("hidden_size", "heads"), [(32, 1), (128, 2), (192, 3)])
+def test_heads_of_a_language_model_without_any_have_64_channels(hidden_size, heads):
+    text_config = {"model_type": "mamba", "hidden_size": hidden_size, "num_hidden_layers": 2}
+    config = AureaConfig(text_config=text_config, **TINY_VISION)
+    assert (config.cross_attention_num_heads, config.cross_attention_num_key_value_heads) == (heads, heads)
+    assert config.cross_attention_head_dim == min(hidden_size, 64)
 
 
 def test_block_positions_can_be_chosen():

@@ -70,6 +70,8 @@ def test_the_folder_is_complete(converted):
         ),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+    assert converted.stat().st_mode & 0o777 == 0o755  # others can read it
+    assert {path.stat().st_mode & 0o777 for path in converted.iterdir()} == {0o644}
     config = json.loads((converted / "config.json").read_text())
     assert config["auto_map"].keys() == {
         *("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),

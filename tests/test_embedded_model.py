@@ -278,3 +278,6 @@ def test_attention_implementations_that_the_convolutional_encoder_lacks(model, p
             assert either.config.text_config._attn_implementation == implementation
             assert either.config.spatial_vision_config._attn_implementation == "eager"
             torch.testing.assert_close(either(**scene_batch(processor, [1])).logits, expected, rtol=1e-4, atol=1e-3)
+    switched.set_attn_implementation("flex_attention")
+    assert switched.config.vision_config._attn_implementation == "flex_attention"
+    assert switched.config.spatial_vision_config._attn_implementation == "eager"

@@ -149,6 +149,12 @@ def test_errors_are_one_line(script, options, message, tmp_path):
     assert last.startswith("error: ") and message in last
 
 
+def test_an_error_without_words_is_told_by_its_kind():
+    code = "from transformers_aurea.command_line import errors_in_one_line as begin; begin(); raise MemoryError"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "error: MemoryError (--debug shows where)\n")
+
+
 def test_debug_shows_where_an_error_comes_from(tmp_path):
     result = run("plot_training.py", "nowhere", "--debug", cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" in result.stderr and "nowhere" in result.stderr

@@ -603,8 +603,10 @@ class TestHub:
         tiny_model().set_use_kernels(True)
         assert len(requests) == count
 
-    def test_a_publisher_who_is_not_trusted(self, hub, model, warnings):
+    @pytest.mark.parametrize("trusted", ["", "0", "false"])
+    def test_a_publisher_who_is_not_trusted(self, hub, model, warnings, monkeypatch, trusted):
         requests = hub(lambda request: httpx.Response(200, json={"name": "someone", "fullname": "Someone"}))
+        monkeypatch.setenv("AUREA_KERNEL_TRUST_REMOTE_CODE", trusted)
         configure_kernel(repo_id=self.REPO)
         assert_falls_back(model, warnings, "not from a trusted publisher", "AUREA_KERNEL_TRUST_REMOTE_CODE=1")
         assert requests == ["https://huggingface.co/api/organizations/someone/overview"]
@@ -759,6 +761,13 @@ class TestStatus:
         status = kernel_status(model)
         assert (status.implementation, status.source) == ("pytorch", None)
         assert "use_kernels=True" in status.reason
+
+    def test_no_longer_asked_for(self, model, tmp_path):
+        configure_kernel(path=tmp_path / "nowhere")
+        model.set_use_kernels(True)
+        assert "nowhere failed" in model.kernel_status().reason
+        model.set_use_kernels(False)
+        assert model.kernel_status().reason == hub_kernels_aurea.NOT_ASKED_FOR
 
     def test_layers_that_differ(self, model, fake_kernel):
         configure_kernel(path=fake_kernel)

@@ -586,6 +586,7 @@ BAD_PICTURES = {
     "complex numbers": (np.zeros((9, 8, 3), complex), ValueError, "complex128"),
     "objects": (np.full((9, 8, 3), None), ValueError, "object"),
     "32-bit picture out of range": (Image.new("I", (9, 8), 70000), ValueError, "70000"),
+    "32-bit picture of negative numbers": (Image.new("I", (9, 8), -1), ValueError, "int32 in -1…-1"),
     "float picture out of range": (Image.new("F", (9, 8), -2.0), ValueError, "-2"),
     "sides that differ too much": (
         Image.new("RGB", (60000, 1)),

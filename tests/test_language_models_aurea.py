@@ -17,10 +17,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, Phi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import transformers_aurea
-from transformers_aurea import AureaConfig, AureaForConditionalGeneration
+from transformers_aurea import AureaConfig, AureaForConditionalGeneration, modeling_aurea
 from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
-from transformers_aurea.cross_attention_aurea import woven_class
-from transformers_aurea.language_model_aurea import carries_cross_attention, decoder_of
+from transformers_aurea.cross_attention_aurea import decoder_layers, woven_class
+from transformers_aurea.language_model_aurea import carries_cross_attention, decoder_of, name_in_owner
 from transformers_aurea.versions_aurea import CACHE_NAME
 
 
@@ -223,6 +223,12 @@ class TestLanguageModels:
         ):
             carries_cross_attention(decoder)
 
+    def test_lists_inside_the_layers_are_none_of_layers(self):
+        decoder = AutoModelForCausalLM.from_config(tiny_config().text_config).base_model
+        for layer in decoder.layers:
+            layer.experts = torch.nn.ModuleList([torch.nn.Identity() for _ in decoder.layers])
+        assert decoder_layers(decoder) == ("layers", decoder.layers)
+
     def test_a_layer_that_is_dropped_in_training_is_no_reason_to_refuse(self):
         settings = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.9}
         model = tiny_model(settings).train()
@@ -274,6 +280,12 @@ class TestLanguageModels:
         model(**inputs)  # it was seen to work
         with pytest.raises(AureaUnfitLanguageModelError, match="does not hand keyword arguments on"):
             tiny_model()(**inputs)
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_the_probe_changes_no_mode_of_training(self, mode):
+        decoder = tiny_model().model.language_model.train(mode)
+        assert carries_cross_attention(decoder)
+        assert {module.training for module in decoder.modules()} == {mode}
 
     def test_a_configuration_imports_no_modelling_code(self):
         folder = Path(transformers_aurea.__file__).parent
@@ -473,6 +485,30 @@ class TestWholeness:
         replica.lm_head = torch.nn.Linear(32, 5)
         assert replica(torch.tensor([[3]])).logits.shape[-1] == 5
         assert model(torch.tensor([[3]])).logits.shape[-1] == 99
+
+    def test_buffers_of_a_head_are_saved_if_its_own_class_saves_them(self, monkeypatch):
+        make = modeling_aurea.make_causal_lm
+
+        def with_buffers(config):
+            causal_lm = make(config)
+            for name in ("saved", "made"):
+                causal_lm.register_buffer(name, torch.ones(1), persistent=name == "saved")
+            return causal_lm
+
+        monkeypatch.setattr(modeling_aurea, "make_causal_lm", with_buffers)
+        model = tiny_model()
+        assert model.causal_lm.saved is model.saved and model.causal_lm.made is model.made
+        assert "saved" in model.state_dict() and "made" not in model.state_dict()
+
+    def test_modules_whose_names_begin_like_the_decoders_stay_the_heads(self):
+        names = ("model.norm.weight", "model_norm.weight", "lm_head.weight")
+        in_owner = [name_in_owner(name, "model", "model.language_model") for name in names]
+        assert in_owner == ["model.language_model.norm.weight", *names[1:]]
+
+    def test_a_state_that_cannot_be_cropped_is_told_of(self):
+        model = tiny_model({"model_type": "falcon_h1", **FURTHER_LANGUAGE_MODELS["falcon_h1"]})
+        with pytest.raises(ValueError, match="stateful models, such as AureaForConditionalGeneration"):
+            generate(model, input_ids=torch.tensor([[3, 4, 3]]), prompt_lookup_num_tokens=2)
 
     def test_a_head_that_takes_no_decoder_output_is_refused(self):
         with pytest.raises(AureaUnfitLanguageModelError, match=r"'bloom'.*does not hand keyword arguments on"):

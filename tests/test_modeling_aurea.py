@@ -270,6 +270,14 @@ class TestWhichImageATokenSees:
         rows_with_image = torch.tensor([False])[:, None, None]
         assert torch.equal(block(hidden_states, states, rows_with_image=rows_with_image), hidden_states)
 
+    def test_a_row_gets_nothing_of_another_rows_picture_that_is_no_number(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        pixels[0] = torch.nan  # of the first row, which has two
+        with torch.no_grad():
+            logits = model(input_ids=input_ids[[1, 0, 2]], pixel_values=pixels).logits
+        assert logits[0].isnan().any() and logits[1:].isfinite().all()
+
     def test_swapping_two_pictures_changes_the_logits(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
@@ -409,6 +417,29 @@ class TestPlaceholdersThatAreWords:
         assert torch.equal(mask, types.bool())
         assert torch.equal(model.get_placeholder_mask(input_ids[:, 1:], None, types), types[:, 1:].bool())
 
+    def test_a_type_that_is_not_a_pictures_is_a_word(self):
+        mask = tiny_model().model.get_placeholder_mask(torch.tensor([[3, 4, 5]]), None, torch.tensor([[0, 1, 2]]))
+        assert mask.tolist() == [[False, True, False]]
+
+    def test_an_embedding_that_is_like_the_placeholders_in_part_is_a_word(self):
+        model = tiny_model().model
+        weight = model.get_input_embeddings().weight
+        with torch.no_grad():
+            weight[5, ::2] = weight[IMAGE_TOKEN_ID, ::2]
+        mask = model.get_placeholder_mask(None, model.get_input_embeddings()(torch.tensor([[5, IMAGE_TOKEN_ID, 6]])))
+        assert mask.tolist() == [[False, True, False]]
+
+    @pytest.mark.parametrize("image_token_id", [99, 120])
+    def test_embeddings_have_no_placeholder_whose_id_is_beyond_the_vocabulary(self, image_token_id):
+        model = tiny_model(image_token_id=image_token_id)
+        input_ids, pixels = batch_of_three(model.config)
+        with torch.no_grad():
+            states = model.get_image_features(pixels).pooler_output
+            expected = model(input_ids=input_ids, cross_attention_states=states).logits
+            embeddings = model.get_input_embeddings()(input_ids)
+            logits = model(inputs_embeds=embeddings, cross_attention_states=states).logits
+        assert torch.equal(logits, expected)
+
     def test_without_token_types_the_error_names_them(self):
         model = tiny_model()
         with pytest.raises(ValueError, match=r"1 pictures for 3 placeholders.*`mm_token_type_ids`"):
@@ -456,6 +487,22 @@ class TestCache:
                 input_ids=torch.cat([texts[order], new], dim=1),
                 cross_attention_states=states.repeat_interleave(2, dim=0)[order],
                 num_images=num_images.repeat_interleave(2)[order],
+            ).logits[:, -1:]
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("order", [[3, 0], [0, 1], [2]], ids=str)
+    def test_some_rows_of_those_that_share_pictures_can_be_chosen(self, order):
+        model = tiny_model()
+        texts = torch.randint(3, 90, (4, 5), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            states = model.get_image_features(random_pixels(2, model.config)).pooler_output
+            cache = model(input_ids=texts, cross_attention_states=states, use_cache=True)[CACHE_NAME]
+            cache.batch_select_indices(torch.tensor(order))
+            new = texts[order, :1]
+            actual = model(input_ids=new, **{CACHE_NAME: cache}).logits
+            expected = model(
+                input_ids=torch.cat([texts[order], new], dim=1),
+                cross_attention_states=states.repeat_interleave(2, dim=0)[order],
             ).logits[:, -1:]
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
@@ -770,6 +817,14 @@ class TestGenerate:
         assert len(keys) == 1
         assert all(weights.shape[:3] == (9, 4, 1) for step in outputs.attentions[1:] for weights in step)
 
+    def test_nothing_of_the_pictures_is_repeated_for_beams(self):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        with torch.no_grad():
+            ids, inputs = model._expand_inputs_for_generation(3, input_ids=input_ids, pixel_values=pixels)
+        assert len(ids) == 9 and inputs.keys() == {"cross_attention_states", "num_images"}
+        assert len(inputs["cross_attention_states"]) == 3 and inputs["num_images"].tolist() == [1, 2, 0]
+
     def test_beam_search_equals_beam_search_without_cache(self):
         model = tiny_model()
         input_ids, pixels = batch_of_three(model.config)
@@ -989,6 +1044,21 @@ class TestContract:
         assert 0.015 < block.cross_attn.q_proj.weight.std() < 0.025
         assert model.model.fusion.semantic_layers[0].sigma_spatial == 1
 
+    def test_rows_that_share_pictures_have_cross_attentions_of_their_own(self):
+        model = tiny_model(attn_implementation="eager")
+        texts = torch.randint(3, 90, (4, 5), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            states = model.get_image_features(random_pixels(2, model.config)).pooler_output
+            shared, repeated = (
+                model(input_ids=texts, cross_attention_states=each, output_attentions=True).cross_attentions
+                for each in (states, states.repeat_interleave(2, dim=0))
+            )
+            model.config.output_attentions = True
+            assert len(model(input_ids=texts, cross_attention_states=states).cross_attentions) == 3
+        assert len(shared) == 3
+        for ours, theirs in zip(shared, repeated):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
     def test_attentions_and_hidden_states_on_request(self):
         model = tiny_model()
         model.set_attn_implementation("eager")
@@ -1102,6 +1172,12 @@ class TestViews:
 
 
 class TestBadInput:
+    @pytest.fixture
+    def warnings(self, monkeypatch) -> list[str]:
+        messages = []
+        monkeypatch.setattr(modeling_aurea.logger, "warning_once", messages.append)
+        return messages
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -1145,11 +1221,26 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Image features and image tokens do not match: 2 pictures for 3"):
             greedy(model, input_ids=input_ids, pixel_values=pixels[:2])
 
-    def test_placeholders_without_pictures_warn(self, caplog):
+    @pytest.mark.parametrize("has_cache", [False, True])
+    def test_placeholders_without_pictures_warn(self, warnings, has_cache):
         model = tiny_model()
         input_ids, _ = batch_of_three(model.config)
-        modeling_aurea.logger.warning_once.cache_clear()
-        modeling_aurea.logger.addHandler(caplog.handler)
-        model(input_ids=input_ids)
-        modeling_aurea.logger.removeHandler(caplog.handler)
-        assert "no `pixel_values` were given" in caplog.text
+        cache = DynamicCache(config=model.config.text_config) if has_cache else None
+        model(input_ids=input_ids, **{CACHE_NAME: cache})
+        assert len(warnings) == 1 and "no `pixel_values` were given" in warnings[0]
+        if has_cache:
+            model(input_ids=input_ids, **{CACHE_NAME: cache})  # of what may have been generated nothing is said
+            assert len(warnings) == 1
+
+    def test_only_text_that_was_cached_before_its_rows_first_picture_is_warned_of(self, warnings):
+        model = tiny_model()
+        input_ids, pixels = batch_of_three(model.config)
+        further = torch.tensor([[IMAGE_TOKEN_ID], [7], [8]])
+        with torch.no_grad():
+            cache = model(input_ids=input_ids, pixel_values=pixels, use_cache=True)[CACHE_NAME]
+            # Row 0 gets its second picture.
+            model(input_ids=further, pixel_values=pixels[[0, 1, 1, 2]], **{CACHE_NAME: cache})
+            assert warnings == []
+            # Row 2 gets its first.
+            model(input_ids=further.flip(0), pixel_values=pixels[[0, 1, 1, 2, 0]], **{CACHE_NAME: cache})
+        assert len(warnings) == 1 and "read before its row's first picture" in warnings[0]

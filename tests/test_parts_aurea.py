@@ -244,6 +244,11 @@ class TestWeights:
                 assert torch.equal(model(**text).logits, expected)
                 assert torch.equal(model(**text, pixel_values=random_pixels(2, model.config)).logits, expected)
 
+    @pytest.mark.parametrize("of_text, dtype", [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
+    def test_another_dtype_than_the_language_models_is_no_difference(self, of_text, dtype):
+        model = from_modules(text=language_model().to(of_text), dtype=dtype, image_token_id=260)
+        assert model.dtype == getattr(torch, dtype)
+
     def test_experts_and_a_head_with_bias_are_kept(self):
         from transformers import PhimoeConfig, PhimoeForCausalLM
 
@@ -282,6 +287,13 @@ class TestImageToken:
         with torch.no_grad():
             logits = model(**inputs, labels=inputs["input_ids"]).logits
             assert torch.equal(logits[..., :NUM_BYTES], text(**inputs).logits)
+
+    def test_further_special_tokens_of_the_tokenizer_stay(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+        extended = parts_aurea.load_tokenizer("", tokenizer)
+        assert {"<tool>", "<|image|>"} <= set(extended.all_special_tokens)
+        assert "<|image|>" not in tokenizer.all_special_tokens
 
     def test_a_token_that_exists_is_taken(self):
         tokenizer = byte_tokenizer()

@@ -15,7 +15,7 @@ from transformers.image_utils import ChannelDimension
 
 from transformers_aurea import processing_aurea
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
-from transformers_aurea.processing_aurea import SYSTEM_PROMPT, AureaProcessor
+from transformers_aurea.processing_aurea import MARK, SYSTEM_PROMPT, AureaProcessor
 from transformers_aurea.tokenization_aurea import build_tokenizer
 
 
@@ -269,6 +269,42 @@ def test_words_stay_words_where_the_tokenizer_looks_for_tokens_after_normalizati
     assert control_ids(other, ids) == ["<|user|>", "<|end|>"]
 
 
+def test_marks_in_the_words_themselves_make_no_token(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens([AddedToken("<|stop|>", special=True, normalized=True)])
+    other = AureaProcessor(processor.image_processor, tokenizer)
+    chat = [user(f"<{MARK}|stop|> <{MARK}|end|>")]
+    ids = other.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
+    assert control_ids(other, ids) == ["<|user|>", "<|end|>"]
+
+
+def test_an_image_token_that_is_not_special_is_text_in_words(processor, pictures):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<picture>"])
+    tokenizer.image_token = "<picture>"
+    other = AureaProcessor(processor.image_processor, tokenizer, "{{ messages[0]['content'][1]['text'] }}")
+    assert not tokenizer.added_tokens_decoder[other.image_token_id].special
+    chat = [user({"type": "text", "text": "a"}, "<picture>")]
+    assert control_ids(other, other(text=other.apply_chat_template(chat))["input_ids"][0]) == []
+
+
+def test_control_tokens_in_documents_are_text(processor):
+    template = "{% for document in documents %}{{ document['text'] }}{% endfor %}"
+    documents = [{"title": "a", "text": "look<|end|>"}]
+    settings = {"documents": documents, "tokenize": True, "return_dict": True}
+    ids = processor.apply_chat_template([user("a")], template, **settings)["input_ids"][0]
+    assert control_ids(processor, ids) == [] and processor.decode(ids) == "look<|end|>"
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url"])
+def test_a_picture_is_found_though_its_name_reads_like_a_control_token(processor, pictures, tmp_path, kind):
+    path = tmp_path / "a<|end|>.png"
+    pictures[0].save(path)
+    part = {"image": {"path": str(path)}, "image_url": {"image_url": {"url": str(path)}}}[kind]
+    inputs = processor.apply_chat_template([user({"type": kind, **part})], tokenize=True, return_dict=True)
+    assert len(inputs["pixel_values"]) == 1
+
+
 def test_tools_that_the_template_does_not_write_are_refused(processor):
     tools = [{"type": "function", "function": {"name": "look<|end|>"}}]
     with pytest.raises(ValueError, match=r"does not write `tools`.*system message"):
@@ -380,6 +416,15 @@ def test_settings_of_both_parts_can_be_given_with_the_call(processor, pictures):
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
     channels_first = processor(images=np.zeros((3, 9, 8)), input_data_format=ChannelDimension.FIRST)
     assert len(channels_first["pixel_values"]) == 1
+
+
+def test_padding_is_the_tokenizers_or_the_end_of_a_text(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    other = AureaProcessor(processor.image_processor, tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    assert other.pad_token_id == 0 != tokenizer.eos_token_id
+    tokenizer.pad_token = None
+    assert other.pad_token_id == tokenizer.eos_token_id
 
 
 def test_number_of_tokens_for_a_picture_is_one(processor):

@@ -532,6 +532,13 @@ class TestGroupGradientNorms:
         recorder = train(tiny_model(), tmp_path, GroupGradientNorms(), callbacks=[plain], **settings)
         assert figures(recorder, "grad_norm/") == [pytest.approx(plain.norms[step], rel=1e-5) for step in (1, 3)]
 
+    def test_gradients_of_zero_are_logged_as_such(self, tmp_path):
+        model = tiny_model()
+        set_trainable(model, "projector")
+        rows = [row(index, 0) for index in range(4)]  # text alone
+        logged = figures(train(model, tmp_path, GroupGradientNorms(), rows=rows), "grad_norm/")
+        assert logged == [{"grad_norm/projector": 0.0}] * 2
+
 
 class TestSpatialRangeEntropy:
     def model(self, **kwargs) -> AureaForConditionalGeneration:
@@ -580,6 +587,13 @@ class TestSpatialRangeEntropy:
         assert logged[0]["spatial_range_entropy/joint"] == pytest.approx(expected, rel=1e-5)
         assert 0.1 < logged[0]["spatial_range_entropy/joint_share"] == pytest.approx(expected / math.log(9), rel=1e-5)
 
+    def test_an_epoch_that_ends_with_text_alone_has_none(self, tmp_path):
+        rows = [row(0, 1), row(1, 2), row(2, 0), row(3, 0)]
+        settings = {"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}
+        settings |= {"gradient_accumulation_steps": 1, "train_sampling_strategy": "sequential"}
+        recorder = train(self.model(), tmp_path, SpatialRangeEntropy(), rows=rows, **settings)
+        assert figures(recorder, "spatial_range") == [{}]
+
     def test_nothing_is_measured_at_other_steps_or_left_behind(self, tmp_path):
         model, hooked = self.model(), []
 
@@ -621,6 +635,17 @@ class TestAuxiliaryLossLogger:
         assert losses.values[0] != losses.values[1]
         for entry, calls in zip(figures(recorder, "feature"), (slice(0, 4), slice(4, 8))):
             assert entry == {name: pytest.approx(losses.mean(name, calls), rel=1e-5) for name in names}
+
+    def test_a_second_run_counts_nothing_of_the_first(self, tmp_path):
+        logger, logged = AuxiliaryLossLogger(), []
+        for loggers in ([AuxiliaryLossLogger()], [logger], [logger]):
+            model = tiny_model(feature_diversity_coef=0.1)
+            if len(logged) == 1:  # ends before it logs anything
+                train(model, tmp_path, *loggers, max_steps=1, rows=[row(9, 1)] * 4)
+                logged.append(None)
+            else:
+                logged.append(figures(train(model, tmp_path, *loggers, max_steps=2), "feature"))
+        assert logged[2] == logged[0] != [{}]
 
     @pytest.mark.parametrize("drop", [False, True], ids=["none", "absent"])
     def test_a_model_without_them_logs_none(self, tmp_path, drop):
