@@ -288,6 +288,25 @@ def test_an_image_token_that_is_not_special_is_text_in_words(processor, pictures
     assert control_ids(other, other(text=other.apply_chat_template(chat))["input_ids"][0]) == []
 
 
+def test_documents_that_the_template_does_not_write_are_refused(processor):
+    documents = [{"title": "a", "text": "look"}]
+    with pytest.raises(ValueError, match="does not write `documents`"):
+        processor.apply_chat_template([user("a")], documents=documents, tokenize=True, return_dict=True)
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_pictures_beside_a_content_are_refused(processor, pictures, name):
+    with pytest.raises(ValueError, match=f"`{name}` beside its `content`, where no picture is looked for"):
+        processor.apply_chat_template([[{**user("a"), name: pictures[:1]}]], tokenize=True, return_dict=True)
+
+
+def test_each_conversation_of_a_batch_says_by_itself_whether_it_has_placeholders(processor):
+    parts = [{"role": "user", "content": ({"type": "image"}, {"type": "text", "text": "q <|image|>"})}]
+    string = [{"role": "user", "content": "<|image|>What?"}]
+    text = processor.apply_chat_template([string, parts], tokenize=False)
+    assert [row.count("<|image|>") for row in text] == [1, 1]
+
+
 def test_control_tokens_in_documents_are_text(processor):
     template = "{% for document in documents %}{{ document['text'] }}{% endfor %}"
     documents = [{"title": "a", "text": "look<|end|>"}]

@@ -144,7 +144,7 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
     """
     turns = _listed(row.get("messages")) or _listed(row.get("conversations"))
     column = _listed(row.get("images")) + _listed(row.get("image"))
-    if not any(map(_is_picture, column)):
+    if all(image is None or (isinstance(image, str) and not image.strip()) for image in column):
         column = []
 
     messages = []
@@ -600,13 +600,6 @@ def _end_of_turn(text: str, ends: tuple[str, ...]) -> str:
 
 def _without_none(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
-
-
-def _is_picture(image) -> bool:
-    """Whether it is more than a way of saying that there is none."""
-    if isinstance(image, Mapping) and {"bytes", "path"} & image.keys():
-        return bool(image.get("bytes") or image.get("path"))
-    return image is not None and not (isinstance(image, str) and not image.strip())
 
 
 def _fill(part: dict[str, Any], pictures: Iterator) -> dict[str, Any]:

@@ -307,7 +307,10 @@ class AureaProcessor(ProcessorMixin):
     def _check_all_is_written(self, conversation, chat_template: str | None, tools, documents) -> None:
         render = super().apply_chat_template
         for name, value in {"tools": tools, "documents": documents}.items():
-            if value and render(conversation, chat_template, **{name: value}) == render(conversation, chat_template):
+            if not value:
+                continue
+            written, without = (render(conversation, chat_template, **{name: given}) for given in (value, []))
+            if written == without:
                 raise ValueError(
                     f"The chat template does not write `{name}`, so the model would not see them. Describe them in a "
                     "system message, or give a `chat_template` that writes them."
