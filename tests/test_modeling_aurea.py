@@ -1214,6 +1214,9 @@ class TestBadInput:
         input_ids, pixels = batch_of_three(model.config)
         with pytest.raises(ValueError, match="has 2 rows, which do not divide the 3 rows of the text"):
             model(input_ids=input_ids, cross_attention_states=pixels.new_zeros(2, 16, 32))
+        states = {"cross_attention_states": pixels.new_zeros(1, 16, 32), "num_images": torch.tensor([1, 1, 1])}
+        with pytest.raises(ValueError, match=r"`num_images` counts the pictures of 3 rows.*has 1: give one number"):
+            model(input_ids=input_ids, **states)
 
     def test_generate_refuses_wrong_numbers_of_pictures(self):
         model = tiny_model()

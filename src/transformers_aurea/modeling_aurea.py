@@ -229,7 +229,14 @@ def _repeat_for_text(num_images: torch.Tensor | None, num_rows: int, num_text_ro
             f"`cross_attention_states` has {num_rows} rows, which do not divide the {num_text_rows} rows of the text: "
             "give one for each, or for as many that follow each other."
         )
-    return None if num_images is None else num_images.repeat_interleave(num_text_rows // num_rows)
+    if num_images is None:
+        return None
+    if num_images.shape[0] != num_rows:
+        raise ValueError(
+            f"`num_images` counts the pictures of {num_images.shape[0]} rows, but `cross_attention_states` has "
+            f"{num_rows}: give one number for each of these."
+        )
+    return num_images.repeat_interleave(num_text_rows // num_rows)
 
 
 def _check_are_trained(auxiliary_losses: dict[str, torch.Tensor] | None, are_in_loss: bool) -> None:
