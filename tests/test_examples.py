@@ -327,6 +327,6 @@ def test_tokens_of_a_word_are_those_at_the_beginning_and_inside():
 def test_adapters_on_a_model_of_parts_are_refused():
     train = runpy.run_path(str(EXAMPLES / "train.py"))
     model_args = train["ModelArguments"](lora=["fusion"], text="t", vision="v", spatial_vision="s")
-    training_args = SimpleNamespace(do_train=True, do_eval=False)
+    training_args = SimpleNamespace(do_train=True, do_eval=False, train_sampling_strategy="random")
     with pytest.raises(ValueError, match="the new parts would be lost"):
         train["check_options"](model_args, train["DataArguments"](dataset="scenes"), training_args)

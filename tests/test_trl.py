@@ -126,6 +126,8 @@ def test_its_collator_and_ours_make_the_same_batch(processor, llava_file):
     for kwargs in ({}, {"pad_to_multiple_of": 64}):
         theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True, **kwargs)(rows)
         ours = AureaDataCollator(processor, **kwargs)(rows)
+        placeholders = theirs.pop("mm_token_type_ids")  # which in ours are all tokens of their id
+        assert torch.equal(placeholders == 1, ours["input_ids"] == processor.image_token_id)
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), name
