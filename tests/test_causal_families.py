@@ -32,7 +32,10 @@ MODES = {
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }
 # Fast enough, and different enough, to be tried on every change.
-FEW = ("bert", "falcon", "falcon_h1", "gemma2", "llama", "mixtral", "modernbert-decoder", "opt", "phi3", "qwen3_next")
+FEW = (
+    *("bert", "falcon", "falcon_h1", "gemma2", "llama", "minimax"),
+    *("mixtral", "modernbert-decoder", "opt", "phi3", "qwen3_next"),
+)
 
 
 REFUSED = ("falcon",)

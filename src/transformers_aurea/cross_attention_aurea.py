@@ -12,13 +12,47 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class AureaRMSNorm(nn.Module):
+    """Root mean square norm over the last dimension, with statistics in float32: https://arxiv.org/abs/1910.07467."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden_states.float(), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+def eager_attention_forward(
+    module: "AureaCrossAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also gives its weights, softmax in float32: `(batch, tokens, heads, head_dim)` and
+    `(batch, heads, tokens, keys)`, for `query` `(batch, heads, tokens, head_dim)` and an additive mask."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
 
 
 class AureaCrossAttention(nn.Module):
@@ -39,8 +73,8 @@ class AureaCrossAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * self.head_dim, hidden_size, bias=False)
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
+        self.q_norm = AureaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
+        self.k_norm = AureaRMSNorm(self.head_dim, eps=config.cross_attention_norm_eps)
 
     def forward(
         self,
@@ -95,9 +129,9 @@ class AureaCrossAttentionBlock(nn.Module):
 
     def __init__(self, config: AureaConfig, text_config, block_idx: int):
         super().__init__()
-        self.input_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
+        self.input_layernorm = AureaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
         self.cross_attn = AureaCrossAttention(config, text_config, block_idx)
-        self.post_attention_layernorm = LlamaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
+        self.post_attention_layernorm = AureaRMSNorm(text_config.hidden_size, eps=config.cross_attention_norm_eps)
         self.mlp = AureaCrossAttentionMLP(config, text_config.hidden_size)
 
     def forward(

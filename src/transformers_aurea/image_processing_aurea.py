@@ -25,8 +25,7 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageOps
 import torch
-from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers import BatchFeature, PilBackend
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -150,14 +149,14 @@ class AureaImageProcessor(PilBackend):
             f"file or a dictionary of `bytes` and `path`, got {type(images).__name__}: {_shorten(images)}"
         )
 
-    def _prepare_image_like_inputs(self, images: ImageInput, **kwargs) -> list[torch.Tensor]:
+    def _preprocess_image_like_inputs(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
         pictures = []
         for index, image in enumerate(flatten_pictures(self.fetch_images(images))):
             try:
                 pictures.append(self.process_image(image, **kwargs))
             except PICTURE_ERRORS as error:  # a PIL image may be decoded only now
                 raise ValueError(f"Picture {index}: {error}") from error
-        return pictures
+        return self._preprocess(pictures, *args, **kwargs)
 
     def process_image(
         self,
@@ -181,24 +180,11 @@ class AureaImageProcessor(PilBackend):
         picture = torch.from_numpy(np.array(_to_channels_first(array, input_data_format), order="C"))
         return _to_three_channels(picture) if do_convert_rgb else picture
 
-    def _standardize_kwargs(
-        self,
-        spatial_size: SizeSetting = None,
-        spatial_crop_size: SizeSetting = None,
-        spatial_image_mean: float | list[float] | None = None,
-        spatial_image_std: float | list[float] | None = None,
-        **kwargs,
-    ) -> dict:
-        kwargs = super()._standardize_kwargs(**kwargs)
-        if spatial_size is not None and not isinstance(spatial_size, SizeDict):
-            spatial_size = SizeDict(**get_size_dict(spatial_size, default_to_square=False, param_name="spatial_size"))
-        if spatial_crop_size is not None and not isinstance(spatial_crop_size, SizeDict):
-            spatial_crop_size = SizeDict(**get_size_dict(spatial_crop_size, param_name="spatial_crop_size"))
-        kwargs["spatial_size"] = spatial_size
-        kwargs["spatial_crop_size"] = spatial_crop_size
-        for name, value in (("spatial_image_mean", spatial_image_mean), ("spatial_image_std", spatial_image_std)):
-            kwargs[name] = tuple(value) if isinstance(value, list) else value
-        return kwargs
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        names = ("size", "crop_size", "image_mean", "image_std")
+        spatial = {name: kwargs.pop(f"spatial_{name}", None) for name in names}
+        spatial = super()._standardize_kwargs(**spatial, default_to_square=False)
+        return super()._standardize_kwargs(**kwargs) | {f"spatial_{name}": spatial[name] for name in names}
 
     def _validate_preprocess_kwargs(self, **kwargs):
         for prefix in ("", "spatial_"):

@@ -179,7 +179,7 @@ def hand_over_head(causal_lm: PreTrainedModel, owner: PreTrainedModel, decoder: 
 def give_causal_lm(causal_lm: PreTrainedModel, prefix: str, owner: PreTrainedModel) -> None:
     """Makes them know each other. Not by assignment: they would become submodules."""
     causal_lm.__dict__ |= {"owner": owner, "decoder_name": prefix, prefix: AureaDecoderStandIn(owner)}
-    owner.__dict__["causal_lm"] = causal_lm
+    owner.__dict__["_causal_lm"] = causal_lm
 
 
 @contextmanager

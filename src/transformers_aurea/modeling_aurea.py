@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -252,9 +253,7 @@ def _check_are_trained(auxiliary_losses: dict[str, torch.Tensor] | None, are_in_
 
 def _is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or ZeRO-3 gathers weights for each forward pass, in which all processes take part."""
-    if any(isinstance(module, FSDP_CLASSES) for module in model.modules()):
-        return True
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDP_CLASSES) for module in model.modules())
 
 
 def _encoder_attention(config: PreTrainedConfig, implementation: str | None) -> str | None:
@@ -794,10 +793,14 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, GenerationMixin):
     def loss_function(self, value):
         self.causal_lm.loss_function = value
 
-    def _replicate_for_data_parallel(self):
-        replica = super()._replicate_for_data_parallel()
-        give_causal_lm(copy.copy(self.causal_lm), self.causal_lm.decoder_name, replica)
-        return replica
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model's own class over this model's modules, see `language_model_aurea`."""
+        causal_lm = self.__dict__["_causal_lm"]
+        if causal_lm.owner is not self:  # in a shallow copy, as each replica of data parallelism is
+            causal_lm = copy.copy(causal_lm)
+            give_causal_lm(causal_lm, causal_lm.decoder_name, self)
+        return causal_lm
 
     @classmethod
     def from_pretrained_parts(
