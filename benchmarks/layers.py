@@ -11,6 +11,7 @@ from measuring import fastest, relative_error, set_precision
 from torch import nn
 from trials import BASE, RADIUS, SEED, Trial, new_row
 
+from transformers_aurea import AureaConfig
 from transformers_aurea.fusion_aurea import AureaSpatialRangeAttention, AureaSpatialRangeFusion
 from transformers_aurea.spatial_range_attention_aurea import neighborhood_aggregate, spatial_range_weights
 
@@ -124,7 +125,7 @@ def benchmark_layer(bench, channels, precisions):
 def benchmark_fusion(bench, depth, batch, precisions):
     """The stack at its published width."""
     torch.manual_seed(SEED)
-    fusion = AureaSpatialRangeFusion(semantic_dim=1152, spatial_dim=1536, depth=depth, radius=RADIUS)
+    fusion = AureaSpatialRangeFusion(AureaConfig(feature_fusion_config={"depth": depth, "radius": RADIUS}))
     fusion = fusion.requires_grad_(False).to(bench.device.type)
     features = random_maps(bench, batch, (1152, 1536))
     what = f"fusion of {4 * depth} layers"

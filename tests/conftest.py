@@ -51,6 +51,19 @@ def tiny_config(text_config: dict | None = None, **kwargs) -> AureaConfig:
     )
 
 
+def fusion_config(semantic_dim: int, spatial_dim: int, grid=(8, 8), spatial_grid=None, **settings) -> AureaConfig:
+    """Encoders of these widths and grids, and a fusion of these settings."""
+    spatial_grid = grid if spatial_grid is None else spatial_grid
+    vision, spatial = TINY_VISION["vision_config"], TINY_VISION["spatial_vision_config"]
+    return tiny_config(
+        vision_config={**vision, "hidden_size": semantic_dim},
+        spatial_vision_config={**spatial, "hidden_size": spatial_dim},
+        vision_image_size=[7 * side for side in grid],
+        spatial_vision_image_size=[7 * side for side in spatial_grid],
+        feature_fusion_config={"depth": 1, "radius": 1, **settings},
+    )
+
+
 def tiny_model(text_config: dict | None = None, seed: int = 0, **kwargs) -> AureaForConditionalGeneration:
     torch.manual_seed(seed)
     model = AureaForConditionalGeneration(tiny_config(text_config, **kwargs)).eval()

@@ -103,14 +103,14 @@ class TestValues:
             setattr(model.config, name, value)
         maps = [goldens[f"enc/{name}_features"].unflatten(1, (8, 8)) for name in ("siglip", "dino")]
         try:
-            tokens, losses = model.train()._fuse(*maps)
+            tokens, losses = model.train()._fuse(maps)
         finally:
             model.eval()
             for name in COEFFICIENTS:
                 setattr(model.config, name, 0.0)
         torch.testing.assert_close(losses["feature_consistency"].mean(), goldens["fcl/in_sr_block_value"])
         torch.testing.assert_close(losses["feature_diversity"].mean(), goldens["fdl/of_sr_features"])
-        assert torch.equal(model._fuse(*maps)[0], tokens)
+        assert torch.equal(model._fuse(maps)[0], tokens)
 
     def test_the_kernel_is_configured_in_part(self):
         config = tiny_config(feature_consistency_kernel={"beta": 3, "shift": 0.0})
@@ -224,10 +224,10 @@ class TestWhen:
             assert losses.keys() == {f"feature_{name}"}, other
 
     def test_nothing_is_gathered(self):
-        model = tiny_model(**COEFFICIENTS).train()
+        model = tiny_model(**COEFFICIENTS, vision_image_size=7 * 12).train()
         features = [torch.randn(2, 12, 12, size, requires_grad=True) for size in model.config.feature_sizes]
         with LargestTensor() as largest:
-            _, losses = model.model._fuse(*features)
+            _, losses = model.model._fuse(features)
             sum(loss.sum() for loss in losses.values()).backward()
         with LargestTensor() as plain:
             model.model.fusion(*features).sum().backward()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
+from test_integrations_aurea import CODE_FILES
 from transformers import GenerationConfig
 
 from transformers_aurea import AureaConfig, convert_aurea_weights_to_hf
@@ -54,20 +55,8 @@ def test_the_folder_is_complete(converted):
     names = {path.name for path in converted.iterdir()}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
-        *("configuration_aurea.py", "modeling_aurea.py", "fusion_aurea.py", "spatial_range_attention_aurea.py"),
-        *(
-            "cross_attention_aurea.py",
-            "hub_kernels_aurea.py",
-            "image_processing_aurea.py",
-            "language_model_aurea.py",
-            "losses_aurea.py",
-            "name_tables_aurea.py",
-            "parts_aurea.py",
-            "processing_aurea.py",
-            "processor_config.json",
-            "versions_aurea.py",
-            "chat_template.jinja",
-        ),
+        *CODE_FILES,
+        *("processor_config.json", "chat_template.jinja"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
     assert converted.stat().st_mode & 0o777 == 0o755  # others can read it

@@ -32,8 +32,9 @@ from transformers import AutoModel, AutoModelForImageTextToText, Trainer, Traini
 from transformers.distributed import DistributedConfig
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
-from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin, woven_class
+from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin
 from transformers_aurea.training_aurea import AuxiliaryLossLogger, GroupGradientNorms, set_trainable
+from transformers_aurea.weaving_aurea import woven_class
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -1,18 +1,16 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+import math
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import fusion_config
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from transformers_aurea.fusion_aurea import (
-    FUSIONS,
-    AureaConcatFusion,
-    AureaSpatialRangeAttention,
-    AureaSpatialRangeFusion,
-)
+from transformers_aurea.fusion_aurea import FUSIONS, AureaFusion, AureaSpatialRangeAttention, register_fusion
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -64,9 +62,21 @@ def published_state():
 
 @pytest.fixture
 def fusion(published_state):
-    fusion = AureaSpatialRangeFusion(semantic_dim=32, spatial_dim=48, depth=2, radius=3)
+    fusion = make_fusion("spatial_range", depth=2, radius=3)
     fusion.load_state_dict(published_state)
     return fusion
+
+
+def make_fusion(fusion_type, grid=(8, 8), **settings):
+    """Of features of 32 and 48 channels, on grids of one size unless `spatial_grid` says otherwise."""
+    config = fusion_config(32, 48, grid, fusion_type=fusion_type, **settings)
+    torch.manual_seed(0)
+    return config.fusion_class(config)
+
+
+def needed(fusion_type, semantic, spatial):
+    """The features that a fusion needs; None in the place of others."""
+    return (semantic, None) if fusion_type == "none" else (semantic, spatial)
 
 
 def record_outputs(modules):
@@ -174,11 +184,12 @@ def random_maps(height, width, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("fusion_type", FUSIONS)
-@pytest.mark.parametrize("height, width", [(5, 7), (4, 30)])
+@pytest.mark.parametrize("height, width", [(6, 8), (4, 30)])
 def test_rectangular_grids(fusion_type, height, width):
-    fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
-    features = fusion(*random_maps(height, width))
-    assert features.shape == (2, height * width, fusion.output_dim)
+    settings = {"output_dim": 20} if fusion_type == "none" else {"radius": 3}
+    fusion = make_fusion(fusion_type, (height, width), **settings)
+    features = fusion(*needed(fusion_type, *random_maps(height, width)))
+    assert features.shape == (2, fusion.num_tokens, fusion.output_dim)
     features.sum().backward()
     assert all(parameter.grad is not None for parameter in fusion.parameters())
 
@@ -220,40 +231,113 @@ def test_float64(fusion):
     assert relative_error(expected, features) < 3e-6
 
 
-def test_concat_fusion_is_norms_and_one_linear_layer():
-    fusion = AureaConcatFusion(32, 48, depth=1, radius=3)
-    semantic, spatial = random_maps(2, 3)  # no neighbourhood, so any grid
-    joint = torch.cat([fusion.spatial_norm(spatial), fusion.semantic_norm(semantic)], dim=-1)
-    expected = (joint @ fusion.output_proj.weight.T).flatten(1, 2)
+# ---- what each makes, computed otherwise ----
+
+
+def normed(features):
+    return F.layer_norm(features, features.shape[-1:])
+
+
+def heads_of(states, num_heads):
+    return [part.double() for part in states.chunk(num_heads, dim=-1)]
+
+
+def attend(layer, tokens, source, num_heads):
+    """One picture's tokens (N, D) and source (M, C), head by head."""
+    weights = {name: getattr(layer, f"{name}_proj").weight for name in "qkvo"}
+    queries, keys = (heads_of(x @ weights[name].T, num_heads) for name, x in (("q", tokens), ("k", source)))
+    values = heads_of(source @ weights["v"].T, num_heads)
+    results = [
+        (query @ key.T / math.sqrt(key.shape[1])).softmax(dim=-1) @ value
+        for query, key, value in zip(queries, keys, values)
+    ]
+    return torch.cat(results, dim=-1).float() @ weights["o"].T
+
+
+def test_concat_is_norms_and_one_linear_layer():
+    fusion = make_fusion("concat", (2, 3))
+    semantic, spatial = random_maps(2, 3)
+    expected = (torch.cat([normed(spatial), normed(semantic)], dim=-1) @ fusion.output_proj.weight.T).flatten(1, 2)
     torch.testing.assert_close(fusion(semantic, spatial), expected)
 
 
-@pytest.mark.parametrize(("fusion_type", "used"), [("semantic", 0), ("spatial", 1)])
-def test_single_encoder_is_a_norm_and_one_linear_layer(fusion_type, used):
-    fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
-    maps = [features.requires_grad_() for features in random_maps(2, 3)]
-    tokens, joint = fusion(*maps, return_map=True)
-    norm = getattr(fusion, f"{fusion_type}_norm")
-    torch.testing.assert_close(tokens, (norm(maps[used]) @ fusion.output_proj.weight.T).flatten(1, 2))
-    assert tokens.shape[-1] == fusion.output_dim == 96 and joint.shape == maps[used].shape
-    tokens.sum().backward()
-    assert maps[1 - used].grad is None and maps[used].grad is not None
+@pytest.mark.parametrize("spatial_grid", [(2, 3), (4, 3)])
+def test_interleave_takes_tokens_in_turn(spatial_grid):
+    fusion = make_fusion("interleave", (2, 3), spatial_grid=spatial_grid, output_dim=10)
+    (semantic, _), (_, spatial) = random_maps(2, 3), random_maps(*spatial_grid)
+    first = normed(semantic).flatten(1, 2) @ fusion.semantic_proj.weight.T
+    second = normed(spatial).flatten(1, 2) @ fusion.spatial_proj.weight.T
+    turns = "sd" * 6 if spatial_grid == (2, 3) else "dsd" * 6
+    rows = {"s": iter(first.unbind(1)), "d": iter(second.unbind(1))}
+    torch.testing.assert_close(fusion(semantic, spatial), torch.stack([next(rows[turn]) for turn in turns], dim=1))
+
+
+def test_cross_attention_asks_with_the_semantic_map():
+    fusion = make_fusion("cross_attention", (2, 3), spatial_grid=(3, 5), output_dim=12, num_attention_heads=3, depth=2)
+    (semantic, _), (_, spatial) = random_maps(2, 3), random_maps(3, 5)
+    for picture in range(2):
+        tokens = normed(semantic[picture]).flatten(0, 1) @ fusion.semantic_proj.weight.T
+        source = normed(spatial[picture]).flatten(0, 1)
+        for layer in fusion.layers:
+            tokens = tokens + attend(layer, normed(tokens), source, num_heads=3)
+        torch.testing.assert_close(fusion(semantic, spatial)[picture], tokens)
+
+
+def test_sva_looks_at_windows():
+    settings = {"query_grid": [2, 1], "output_dim": 12, "num_attention_heads": 2, "depth": 2}
+    fusion = make_fusion("sva", (4, 3), spatial_grid=(6, 5), **settings)
+    (semantic, _), (_, spatial) = random_maps(4, 3), random_maps(6, 5)
+    tokens = fusion(semantic, spatial)
+    assert tokens.shape == (2, 2, 12)
+    for picture in range(2):
+        for row in range(2):
+            windows = semantic[picture, 2 * row : 2 * row + 2], spatial[picture, 3 * row : 3 * row + 3]
+            sources = [
+                normed(window.flatten(0, 1)) @ proj.weight.T for window, proj in zip(windows, fusion.source_projs)
+            ]
+            token = fusion.queries[row][None]
+            for layer in fusion.layers:
+                token = token + attend(layer, normed(token), torch.cat(sources), num_heads=2)
+            torch.testing.assert_close(tokens[picture, row], token[0])
+
+
+@pytest.mark.parametrize(("encoder", "used"), [("vision", 0), ("spatial_vision", 1)])
+class TestNone:
+    def test_it_is_its_encoders_features(self, encoder, used):
+        fusion = make_fusion("none", (2, 3), encoder=encoder)
+        maps = [features if idx == used else None for idx, features in enumerate(random_maps(2, 3))]
+        assert torch.equal(fusion(*maps), maps[used].flatten(1, 2))
+        assert not list(fusion.parameters()) and fusion.output_dim == (32, 48)[used]
+
+    def test_with_a_width_it_is_a_norm_and_one_linear_layer(self, encoder, used):
+        fusion = make_fusion("none", (2, 3), encoder=encoder, output_dim=20)
+        maps = [features if idx == used else None for idx, features in enumerate(random_maps(2, 3))]
+        tokens, joint = fusion(*maps, return_map=True)
+        torch.testing.assert_close(tokens, (normed(maps[used]) @ fusion.output_proj.weight.T).flatten(1, 2))
+        assert joint.shape == maps[used].shape
 
 
 @pytest.mark.parametrize("fusion_type", FUSIONS)
 class TestAnyFusion:
     def test_its_dtype_is_that_of_its_weights(self, fusion_type):
-        fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5).to(torch.bfloat16)
-        assert fusion(*random_maps(5, 4)).dtype == torch.bfloat16
+        settings = {"output_dim": 20} if fusion_type == "none" else {}
+        fusion = make_fusion(fusion_type, (4, 6), **settings).to(torch.bfloat16)
+        assert fusion(*needed(fusion_type, *random_maps(4, 6))).dtype == torch.bfloat16
 
     def test_all_its_norms_of_features_have_the_given_epsilon(self, fusion_type):
-        norms = [m for m in FUSIONS[fusion_type](32, 48, 1, 3, 1e-2).children() if isinstance(m, torch.nn.LayerNorm)]
-        assert norms and all(norm.eps == 1e-2 for norm in norms)
+        settings = {"output_dim": 20} if fusion_type == "none" else {}
+        fusion = make_fusion(fusion_type, (4, 6), layer_norm_eps=1e-2, **settings)
+        norms = {name: module.eps for name, module in fusion.named_modules() if isinstance(module, torch.nn.LayerNorm)}
+        own = {name: eps for name, eps in norms.items() if not name.endswith("_proj.norm")}
+        assert own and set(own.values()) == {1e-2}
 
-    def test_the_map_is_what_its_last_linear_layer_reads(self, fusion_type):
-        fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
-        tokens, fused_map = fusion(*random_maps(5, 4), return_map=True)
-        assert fused_map.shape[:3] == (2, 5, 4)
+    def test_its_map_is_what_its_last_linear_layer_reads(self, fusion_type):
+        if not FUSIONS[fusion_type].gives_map:
+            pytest.skip("it has no map")
+        settings = {"output_dim": 20} if fusion_type == "none" else {}
+        fusion = make_fusion(fusion_type, (4, 6), **settings)
+        tokens, fused_map = fusion(*needed(fusion_type, *random_maps(4, 6)), return_map=True)
+        assert fused_map.shape[:3] == (2, 4, 6)
         assert torch.equal(fusion.output_proj(fused_map.flatten(1, 2)), tokens)
 
 
@@ -268,16 +352,56 @@ def test_forward_leaves_no_trace(fusion):
     torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fusion_type", FUSIONS)
+@pytest.mark.parametrize("fusion_type", ["spatial_range", "concat"])
 @pytest.mark.parametrize(
     "shapes",
     [((2, 4, 5, 32), (2, 5, 4, 48)), ((2, 4, 5, 32), (2, 4, 6, 48)), ((2, 20, 32), (2, 20, 48))],
     ids=str,
 )
 def test_maps_of_different_grids_are_refused(fusion_type, shapes):
-    fusion = FUSIONS[fusion_type](32, 48, 1, 3, 1e-5)
+    fusion = make_fusion(fusion_type)
     with pytest.raises(ValueError, match="one grid"):
         fusion(*(torch.zeros(shape) for shape in shapes))
+
+
+class TestRegister:
+    def test_a_name_that_is_taken_is_refused(self):
+        with pytest.raises(ValueError, match=r"'concat' is .*AureaConcatFusion already"):
+            register_fusion("concat", FUSIONS["none"])
+        assert register_fusion("concat", FUSIONS["concat"]) is FUSIONS["concat"]
+
+    def test_what_is_no_module_is_refused(self):
+        with pytest.raises(TypeError, match="got 3"):
+            register_fusion("three", 3)
+        assert "three" not in FUSIONS
+
+    def test_a_class_that_is_defined_anew_takes_its_former_place(self, monkeypatch):
+        monkeypatch.setattr("transformers_aurea.fusion_aurea.FUSIONS", {})
+        classes = [type("Mine", (AureaFusion,), {"__module__": "notebook"}) for _ in range(2)]
+        register_fusion("mine", classes[0])
+        assert register_fusion("mine", classes[1]) is classes[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fusion_type": "concat", "spatial_grid": (4, 8)}, r"'concat' needs one grid.*\(8, 8\).*\(4, 8\)"),
+        ({"fusion_type": "spatial_range", "spatial_grid": (4, 8)}, "needs one grid"),
+        ({"fusion_type": "spatial_range", "radius": 8}, r"\(8, 8\) patches.*radius` \(8\)"),
+        ({"fusion_type": "spatial_range", "output_dim": 95}, "output_dim` is 95.*96"),
+        ({"fusion_type": "sva", "query_grid": 3}, r"query_grid` \(3, 3\) must divide.*\(8, 8\)"),
+        ({"fusion_type": "sva", "spatial_grid": (6, 8)}, r"\(4, 4\) must divide.*\(6, 8\)"),
+        ({"fusion_type": "sva", "query_grid": 0}, r"\(0, 0\)"),
+        ({"fusion_type": "cross_attention", "num_attention_heads": 7}, r"num_attention_heads` \(7\).*96"),
+        ({"fusion_type": "sva", "output_dim": 10, "num_attention_heads": 3}, r"\(3\).*10"),
+        ({"fusion_type": "sum"}, "'sum', but there are 'spatial_range', 'concat'"),
+        ({"output_dim": 0}, "output_dim` must be at least 1, got 0"),
+        ({"num_attention_heads": -1}, "num_attention_heads` must be at least 1, got -1"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_with_its_values(settings, message):
+    with pytest.raises(Exception, match=message):
+        fusion_config(32, 48, **settings)
 
 
 def test_a_grid_as_small_as_the_radius_is_refused():

@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import random_pixels, tiny_config, tiny_model
+from conftest import fusion_config, random_pixels, tiny_config, tiny_model
 from safetensors.torch import save_file
 from test_integrations_aurea import (
     CODE_FILES,
@@ -280,7 +280,7 @@ class TestInPlace:
 
     def test_the_fusion_compiles_in_one_graph(self, kernel):
         torch.manual_seed(0)
-        fusion = AureaSpatialRangeFusion(6, 4, depth=1, radius=1)
+        fusion = AureaSpatialRangeFusion(fusion_config(6, 4, (4, 5)))
         maps = [torch.randn(1, 4, 5, channels, requires_grad=True) for channels in (6, 4)]
         expected = fusion(*maps)
         mode = kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE

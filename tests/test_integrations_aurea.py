@@ -19,19 +19,27 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 
 
 CODE_FILES = {
+    "auxiliary_losses_aurea.py",
     "configuration_aurea.py",
     "cross_attention_aurea.py",
+    "decoding_aurea.py",
     "fusion_aurea.py",
     "hub_kernels_aurea.py",
     "image_processing_aurea.py",
     "language_model_aurea.py",
     "losses_aurea.py",
     "modeling_aurea.py",
+    "modeling_outputs_aurea.py",
     "name_tables_aurea.py",
     "parts_aurea.py",
+    "pretrained_model_aurea.py",
     "processing_aurea.py",
     "spatial_range_attention_aurea.py",
     "versions_aurea.py",
+    "vision_encoder_aurea.py",
+    "visual_cache_aurea.py",
+    "visual_context_aurea.py",
+    "weaving_aurea.py",
 }
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}

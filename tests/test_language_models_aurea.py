@@ -19,9 +19,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import transformers_aurea
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, modeling_aurea
 from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
-from transformers_aurea.cross_attention_aurea import decoder_layers, woven_class
+from transformers_aurea.cross_attention_aurea import decoder_layers
 from transformers_aurea.language_model_aurea import carries_cross_attention, decoder_of, name_in_owner
 from transformers_aurea.versions_aurea import CACHE_NAME
+from transformers_aurea.weaving_aurea import woven_class
 
 
 # What a family needs beyond TINY_TEXT. A window shorter than the text must cut the text's keys, not the picture's.
@@ -582,9 +583,7 @@ class TestVisionModels:
         changed = pixels.clone()
         changed[:, 1, :, size * 3 // 4 : size, size * 3 // 4 : size] = 3.0
         with torch.no_grad():
-            difference = (
-                model.model._encode_view(encoder, changed, 1)[1] - model.model._encode_view(encoder, pixels, 1)[1]
-            )
+            difference = encoder.encode(changed)[1] - encoder.encode(pixels)[1]
         assert difference.norm(dim=-1).flatten().argmax() == 15
 
     @pytest.mark.parametrize("model_type", ["clip_vision_model", "swin", "resnet"])

@@ -18,8 +18,10 @@ from transformers import (
 
 from transformers_aurea import AureaForConditionalGeneration, AureaModel, modeling_aurea
 from transformers_aurea.convert_aurea_weights_to_hf import AUREA_FILE, INDEX_FILE, published_tensors
-from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin, holds_visual_states, woven_class
+from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin
 from transformers_aurea.versions_aurea import CACHE_NAME
+from transformers_aurea.visual_cache_aurea import holds_visual_states
+from transformers_aurea.weaving_aurea import woven_class
 
 
 TOLERANCE = 1e-4  # of the recorded tensors, in fp32

@@ -53,6 +53,11 @@ def mixed_batch() -> dict:
     return collate([row(0, 1), row(1, 0), row(2, 2)])
 
 
+def one_encoder_model() -> AureaForConditionalGeneration:
+    settings = tiny_config().to_dict() | {"feature_fusion_config": {"fusion_type": "none"}}
+    return AureaForConditionalGeneration(AureaConfig(**settings))
+
+
 def concat_model() -> AureaForConditionalGeneration:
     settings = tiny_config().to_dict() | {"feature_fusion_config": {"fusion_type": "concat"}}
     return AureaForConditionalGeneration(AureaConfig(**settings))
@@ -313,8 +318,8 @@ class TestLoraTargets:
             lora_targets(model, "fusion", "decoder")
         with pytest.raises(ValueError, match="No LoRA preset was given"):
             lora_targets(model)
-        with pytest.raises(ValueError, match="'fusion' hits no module of this Sequential"):
-            lora_targets(nn.Sequential(model), "fusion")
+        with pytest.raises(ValueError, match="'fusion' hits no module of this AureaForConditionalGeneration"):
+            lora_targets(one_encoder_model(), "fusion")
 
     def test_a_merged_model_loads_where_neither_package_nor_peft_is(self, tmp_path):
         expected, folders = [], []

@@ -8,12 +8,14 @@ The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_confi
 
 import copy
 import warnings
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .fusion_aurea import FUSIONS, AureaFusion
 from .name_tables_aurea import enter_name_tables
 
 
@@ -70,6 +72,9 @@ _PHI4_MINI = {
     "tie_word_embeddings": True,
 }
 
+# One encoder's features alone, as they were called in version 0.1.
+_FORMER_FUSIONS = {"semantic": "vision", "spatial": "spatial_vision"}
+
 # The feature consistency loss of training, see `feature_consistency_loss` in losses_aurea.py.
 _CONSISTENCY_KERNEL = {"alpha": 0.5, "beta": 0.5, "gamma": 1.0, "w1": 1.0, "w2": 1.0, "shift": 0.1}
 
@@ -98,38 +103,85 @@ class AureaUnfitLanguageModelError(ValueError):
         )
 
 
+class AureaView(NamedTuple):
+    """What one encoder sees of a picture: its number in `pixel_values`, pixels (height, width), patches (rows,
+    columns)."""
+
+    index: int
+    size: tuple[int, int]
+    grid: tuple[int, int]
+
+
 @strict
 class AureaFusionConfig(PreTrainedConfig):
     r"""
-    Settings of the fusion of the two feature maps.
+    Settings of the fusion of the two feature maps. A fusion of your own may have others beside these.
 
     Args:
         fusion_type (`str`, *optional*, defaults to `"spatial_range"`):
-            `"spatial_range"`, the published stack of spatial-range attention layers; to compare with, `"concat"`, the
-            plain concatenation of the two encoders' channels, and `"semantic"` and `"spatial"`, one encoder's alone.
+            `"spatial_range"`, the published stack of spatial-range attention layers; `"concat"`, the encoders'
+            channels side by side; `"interleave"`, their tokens in turn; `"cross_attention"`, the semantic encoder asks
+            the spatial one; `"sva"`, queries that look at windows of both; `"none"`, one encoder alone; or what
+            `register_fusion` has made known. See `docs/fusions.md`.
         depth (`int`, *optional*, defaults to 4):
-            Stages in each of the two stacks; a stage is two attention layers.
+            Stages in each of the two stacks of `"spatial_range"` (a stage is two attention layers); attention layers
+            of `"cross_attention"` and `"sva"`.
         radius (`int`, *optional*, defaults to 3):
-            Radius, in patches, of the neighbourhood a patch attends to: `(2 * radius + 1)²` neighbours. The patch grid
-            must be larger than it.
+            Radius, in patches, of the neighbourhood a patch attends to in `"spatial_range"`: `(2 * radius + 1)²`
+            neighbours. The patch grid must be larger than it.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5):
-            Epsilon of the layer norms on the encoders' features.
+            Epsilon of the fusion's layer norms.
+        output_dim (`int`, *optional*):
+            Channels of the fused tokens. By default twice the spatial encoder's; of `"none"` its encoder's, whose
+            features then stay as they are.
+        num_attention_heads (`int`, *optional*):
+            Heads of the attention of `"cross_attention"` and `"sva"`; by default one for each 64 channels.
+        query_grid (`int` or `list[int]`, *optional*):
+            Side, or rows and columns, of the grid of queries of `"sva"`; by default half the semantic encoder's.
+        encoder (`str`, *optional*, defaults to `"vision"`):
+            The encoder of `"none"`: `"vision"` or `"spatial_vision"`.
     """
 
     model_type = "aurea_fusion"
     base_config_key = "feature_fusion_config"
 
-    fusion_type: Literal["spatial_range", "concat", "semantic", "spatial"] = "spatial_range"
+    fusion_type: str = "spatial_range"
     depth: int = 4
     radius: int = 3
     layer_norm_eps: float = 1e-5
+    output_dim: int | None = None
+    num_attention_heads: int | None = None
+    query_grid: int | list[int] | tuple[int, int] | None = None
+    encoder: Literal["vision", "spatial_vision"] = "vision"
+
+    @property
+    def fusion_class(self) -> type[AureaFusion]:
+        """The class of the fusion; ValueError if none of that name is known."""
+        if self.fusion_type not in FUSIONS:
+            raise ValueError(
+                f"`feature_fusion_config.fusion_type` is {self.fusion_type!r}, but there are "
+                f"{', '.join(map(repr, FUSIONS))}. Of your own, import the file that calls `register_fusion` first."
+            )
+        return FUSIONS[self.fusion_type]
+
+    def num_heads_for(self, dim: int) -> int:
+        """Attention heads over so many channels."""
+        if self.num_attention_heads is not None:
+            return self.num_attention_heads
+        return next(heads for heads in range(max(dim // 64, 1), 0, -1) if dim % heads == 0)
+
+    def query_grid_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of queries over a map of this grid."""
+        return (grid[0] // 2, grid[1] // 2) if self.query_grid is None else _pair(self.query_grid)
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.depth < 1:
-            raise ValueError(f"`feature_fusion_config.depth` must be at least 1, got {self.depth}.")
-        if self.radius < 1:
-            raise ValueError(f"`feature_fusion_config.radius` must be at least 1, got {self.radius}.")
+        if self.fusion_type not in _FORMER_FUSIONS:
+            self.fusion_class  # noqa: B018 - raises
+        for name in ("depth", "radius", "output_dim", "num_attention_heads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`feature_fusion_config.{name}` must be at least 1, got {value}.")
 
 
 @strict
@@ -245,10 +297,7 @@ class AureaConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers"):
             if not isinstance(optional_field(text_config, name), int):
                 raise AureaUnfitLanguageModelError(text_config, f"whose configuration has no `{name}`")
-        if self.vision_config.model_type == "siglip_vision_model":
-            self.vision_config.vision_use_head = False
-        if self.spatial_vision_config.model_type == "siglip_vision_model":
-            self.spatial_vision_config.vision_use_head = False
+        self._take_encoders()
         is_tied = bool(optional_field(text_config, "tie_word_embeddings"))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = is_tied
@@ -273,8 +322,20 @@ class AureaConfig(PreTrainedConfig):
         if self.cross_attention_intermediate_size is None:
             self.cross_attention_intermediate_size = int(text_config.hidden_size * 4 * 2 / 3)
         if self.projector_hidden_size is None:
-            self.projector_hidden_size = 8 * self.feature_sizes[1]
+            self.projector_hidden_size = 8 * self.feature_sizes[-1]
         self.feature_consistency_kernel = _CONSISTENCY_KERNEL | (self.feature_consistency_kernel or {})
+
+    def _take_encoders(self):
+        """Those that the fusion needs; a configuration that it has no use for becomes None."""
+        fusion = self.feature_fusion_config
+        if fusion.fusion_type in _FORMER_FUSIONS:
+            fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
+            fusion.fusion_type = "none"
+        for name in self.encoder_configs.keys() - self.fusion_class.encoders(self):
+            setattr(self, name, None)
+        for config in self.encoder_configs.values():
+            if config.model_type == "siglip_vision_model":
+                config.vision_use_head = False
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -291,9 +352,14 @@ class AureaConfig(PreTrainedConfig):
         return super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
 
     @property
+    def fusion_class(self) -> type[AureaFusion]:
+        return self.feature_fusion_config.fusion_class
+
+    @property
     def encoder_configs(self) -> dict[str, PreTrainedConfig]:
         """The vision encoders' configurations by their names, in the order of the views."""
-        return {"vision_config": self.vision_config, "spatial_vision_config": self.spatial_vision_config}
+        configs = {"vision_config": self.vision_config, "spatial_vision_config": self.spatial_vision_config}
+        return {name: config for name, config in configs.items() if config is not None}
 
     @property
     def auxiliary_loss_coefs(self) -> dict[str, float]:
@@ -305,37 +371,54 @@ class AureaConfig(PreTrainedConfig):
         return {name: coef for name, coef in coefs.items() if coef}
 
     @property
-    def feature_sizes(self) -> tuple[int, int]:
-        """Channels of the semantic and of the spatial encoder's features."""
-        return _feature_size(self.vision_config), _feature_size(self.spatial_vision_config)
+    def feature_sizes(self) -> tuple[int, ...]:
+        """Channels of each encoder's features."""
+        return tuple(_feature_size(config) for config in self.encoder_configs.values())
 
     @property
-    def view_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Height and width in pixels of view 0 (semantic encoder) and view 1 (spatial encoder)."""
-        size = self.vision_image_size
-        if size is None:
-            size = optional_field(self.vision_config, "image_size")
-        if size is None:
-            raise ValueError(
-                f"`vision_config` ({self.vision_config.model_type}) has no `image_size`: give `vision_image_size`."
-            )
-        view_0 = _pair(size)
-        if self.spatial_vision_image_size is not None:
-            return view_0, _pair(self.spatial_vision_image_size)
-        grid, stride = _grid(view_0, self.vision_config), _stride(self.spatial_vision_config)
-        return view_0, (grid[0] * stride[0], grid[1] * stride[1])
+    def view_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of each encoder's view."""
+        configs = self.encoder_configs
+        given = {"vision_config": self.vision_image_size, "spatial_vision_config": self.spatial_vision_image_size}
+        sizes = []
+        for name, config in configs.items():
+            if given[name] is not None:
+                sizes.append(_pair(given[name]))
+            elif sizes:  # the spatial encoder's grid is the semantic one's
+                grid, stride = _grid(sizes[0], configs["vision_config"]), _stride(config)
+                sizes.append((grid[0] * stride[0], grid[1] * stride[1]))
+            elif (size := optional_field(config, "image_size")) is not None:
+                sizes.append(_pair(size))
+            else:
+                raise ValueError(
+                    f"`{name}` ({config.model_type}) has no `image_size`: give "
+                    f"`{name.replace('config', 'image_size')}`."
+                )
+        return tuple(sizes)
 
     @property
-    def grid_sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of patches of each view."""
-        view_0, view_1 = self.view_sizes
-        return _grid(view_0, self.vision_config), _grid(view_1, self.spatial_vision_config)
+    def grid_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of patches of each encoder's view."""
+        return tuple(_grid(size, config) for size, config in zip(self.view_sizes, self.encoder_configs.values()))
+
+    @property
+    def views(self) -> dict[str, AureaView]:
+        """What each encoder sees of a picture, by the names of `encoder_configs`."""
+        index = {"vision_config": 0, "spatial_vision_config": 1}
+        views = zip(self.encoder_configs, self.view_sizes, self.grid_sizes)
+        return {name: AureaView(index[name], size, grid) for name, size, grid in views}
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width in pixels that all views fit in."""
+        height, width = (max(sides) for sides in zip(*self.view_sizes))
+        return height, width
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens the language model's cross-attention gets for one picture."""
-        rows, columns = self.grid_sizes[1]
-        return rows * columns
+        """Visual tokens of one picture, of which the fusion has the say."""
+        with torch.device("meta"):
+            return self.fusion_class(self).num_tokens
 
     @property
     def cross_attention_positions(self) -> list[int]:
@@ -396,27 +479,11 @@ class AureaConfig(PreTrainedConfig):
             )
 
     def _validate_views(self):
-        for name, config, size in zip(
-            ("vision_config", "spatial_vision_config"),
-            (self.vision_config, self.spatial_vision_config),
-            self.view_sizes,
-        ):
+        for view, (name, config) in zip(self.view_sizes, self.encoder_configs.items()):
             stride = _stride(config)
-            if any(side < step or side % step for side, step in zip(size, stride)):
-                raise ValueError(f"The view of `{name}` is {size} pixels, not a multiple of its patches of {stride}.")
-        grid_0, grid_1 = self.grid_sizes
-        if grid_0 != grid_1:
-            raise ValueError(
-                f"The fusion '{self.feature_fusion_config.fusion_type}' needs one grid, but the semantic encoder "
-                f"gives {grid_0} patches and the spatial encoder {grid_1}. Choose `vision_image_size` and "
-                "`spatial_vision_image_size` so that they agree."
-            )
-        uses_radius = self.feature_fusion_config.fusion_type == "spatial_range" or self.feature_consistency_coef
-        if uses_radius and min(grid_1) <= self.feature_fusion_config.radius:
-            raise ValueError(
-                f"The grid of {grid_1} patches must be larger than `feature_fusion_config.radius` "
-                f"({self.feature_fusion_config.radius}) on both sides. Use larger pictures or a smaller radius."
-            )
+            if any(side < step or side % step for side, step in zip(view, stride)):
+                raise ValueError(f"The view of `{name}` is {view} pixels, not a multiple of its patches of {stride}.")
+        self.fusion_class.validate_config(self)
 
     def _validate_cross_attention_layers(self):
         positions, num_layers = self.cross_attention_positions, self.text_config.num_hidden_layers
@@ -428,6 +495,18 @@ class AureaConfig(PreTrainedConfig):
             )
 
     def _validate_auxiliary_losses(self):
+        radius, grid = self.feature_fusion_config.radius, self.grid_sizes[0]
+        if self.feature_consistency_coef and min(grid) <= radius:
+            raise ValueError(
+                f"For the feature consistency loss, the grid of {grid} patches must be larger than "
+                f"`feature_fusion_config.radius` ({radius}) on both sides. Use larger pictures or a smaller radius."
+            )
+        if self.feature_consistency_coef and not self.fusion_class.gives_map:
+            raise ValueError(
+                f"The feature consistency loss needs a fused map, but the fusion "
+                f"'{self.feature_fusion_config.fusion_type}' gives tokens alone. Set `feature_consistency_coef` to 0, "
+                "or choose a fusion that declares `gives_map`."
+            )
         for name, coef in self.auxiliary_loss_coefs.items():
             if not 0 <= coef < float("inf"):
                 raise ValueError(f"`{name}_coef` must be a number from 0 on, got {coef}.")

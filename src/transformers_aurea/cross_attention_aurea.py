@@ -1,25 +1,28 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""Cross-attention blocks, woven into the layers of any decoder, and the cache that keeps what they see.
+"""Cross-attention blocks, woven into the layers of any decoder.
 
-    decoder layer i  ─►  its class after AureaWovenDecoderLayerMixin: block, then the layer, then a closing block
-    cache            ─►  its class after AureaVisualStatesCacheMixin: also keys and values of the blocks
-
-Both keep the name of their class, so parameter names, recorders, plans and patterns of the decoder stay what they are.
+decoder layer i  ─►  its class after AureaWovenDecoderLayerMixin: block, then the layer, then a closing block
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations import use_kernel_forward_from_hub
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError
+from .weaving_aurea import woven_class
+
+
+# Names of the blocks in a decoder layer, and of the layers in them that begin with zeros where a model is made of
+# parts: until they are trained, a block then adds nothing.
+BLOCK_NAMES = ("cross_attention_block", "closing_cross_attention_block")
+ZERO_LAYERS = ("cross_attn.o_proj", "mlp.down_proj")
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -194,135 +197,6 @@ class AureaWovenDecoderLayerMixin:
         return output
 
 
-class AureaVisualStatesCacheMixin:
-    """A cache that also keeps the cross-attention blocks' keys and values, for every way a cache is reordered.
-
-    `visual` holds one layer per block. It may have fewer rows than the text, each for as many of its rows that follow
-    each other: beams of one text see the same pictures. `num_images` (batch,) counts the pictures of each row; it is
-    None where every token sees every visual state. `image_counts` (batch, tokens) counts the placeholders up to each
-    token of the cached text, so that a cache that was cropped still knows; a static cache, which cannot be, keeps the
-    last only.
-    """
-
-    visual: DynamicCache
-    num_images: torch.Tensor | None
-    image_counts: torch.Tensor | None
-
-    @property
-    def images_seen(self) -> torch.Tensor | None:
-        """Placeholders in the cached text, (batch,); None for none counted."""
-        if self.image_counts is None or self.is_compileable:
-            return None if self.image_counts is None else self.image_counts[:, -1]
-        length = min(self.get_seq_length(), self.image_counts.shape[1])
-        return self.image_counts[:, length - 1] if length > 0 else None
-
-    @property
-    def has_visual_states(self) -> bool:
-        return len(self.visual.layers) > 0
-
-    def forget_visual_states(self):
-        self.visual = DynamicCache()  # without a config: with one, sliding windows would cut it
-        self.num_images = None
-
-    def count_images(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Pictures at or before each token (batch, T), those of the cached text included, from its placeholders."""
-        counts = image_tokens.long().cumsum(dim=1)
-        seen = self.images_seen
-        if seen is not None:
-            counts = counts + seen[:, None]
-        if self.num_images is not None:  # a placeholder that was generated is no picture
-            counts = torch.minimum(counts, self.num_images[:, None])
-        if not self.is_compileable:
-            past_length = self.get_seq_length()
-            past = counts.new_zeros(len(counts), 0) if seen is None else self.image_counts[:, :past_length]
-            # Tokens that nobody counted: none before the first picture, or all of a row that sees everything.
-            missing = past_length - past.shape[1]
-            uncounted = (torch.zeros_like(counts[:, 0]) if seen is None else seen)[:, None].expand(-1, missing)
-            self.image_counts = torch.cat([past, uncounted, counts], dim=1)
-        elif seen is None:
-            self.image_counts = counts[:, -1:].clone()
-        else:
-            self.image_counts.copy_(counts[:, -1:])  # in place, as all of a static cache
-        return counts
-
-    def reset(self):
-        self.forget_text()
-        self.forget_visual_states()
-
-    def forget_text(self):
-        super().reset()
-        self.image_counts = None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor):
-        super().reorder_cache(beam_idx)
-        if self.has_visual_states:
-            num_rows = self.image_counts.shape[0]
-            beams = num_rows // self.visual.layers[0].keys.shape[0]
-            pictures = torch.arange(num_rows, device=beam_idx.device) // beams
-            # Where each row goes on as one that sees the same pictures, all their keys would be copied for nothing.
-            if beams == 1 or not torch.equal(beam_idx // beams, pictures):
-                self._select_visual_rows(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int):
-        super().batch_repeat_interleave(repeats)  # each row of `visual` then serves so many more
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor):
-        super().batch_select_indices(indices)
-        if self.has_visual_states:
-            self._select_visual_rows(indices)
-        self._map_rows(lambda rows: rows[indices])
-
-    def _select_visual_rows(self, indices: torch.Tensor):
-        """Give each row of the text its own row in `visual`, and select among these."""
-        beams = self.image_counts.shape[0] // self.visual.layers[0].keys.shape[0]
-        if beams > 1:
-            self.visual.batch_repeat_interleave(beams)
-        self.visual.batch_select_indices(indices)
-
-    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]):
-        self.num_images = None if self.num_images is None else function(self.num_images)
-        self.image_counts = None if self.image_counts is None else function(self.image_counts)
-
-
-@functools.cache
-def woven_class(mixin: type, base: type) -> type:
-    """The subclass of `base` with `mixin` in front, under the name of `base`, by which tools find decoder layers."""
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__reduce__": _reduce_woven})
-
-
-def _reduce_woven(self):
-    mixin, base = type(self).__bases__
-    return _rebuild_woven, (mixin, base), self.__dict__
-
-
-def _rebuild_woven(mixin: type, base: type):
-    woven = woven_class(mixin, base)
-    return woven.__new__(woven)
-
-
-def weave_cache(cache: Cache):
-    """Make the caller's own cache keep visual states, in place."""
-    if not isinstance(cache, AureaVisualStatesCacheMixin):
-        cache.__class__ = woven_class(AureaVisualStatesCacheMixin, type(cache))
-        cache.image_counts = None
-        cache.forget_visual_states()
-
-
-def move_visual_states(visual: DynamicCache, num_images: torch.Tensor | None, image_counts, cache: Cache):
-    """Give a cache, which has no visual states yet, those that another held or that were made without one."""
-    weave_cache(cache)
-    cache.visual, cache.num_images = visual, num_images
-    cache.image_counts = (
-        image_counts[:, -1:].clone() if image_counts is not None and cache.is_compileable else image_counts
-    )
-
-
-def holds_visual_states(cache: Cache | None) -> bool:
-    return isinstance(cache, AureaVisualStatesCacheMixin) and cache.has_visual_states
-
-
 def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules.
 
@@ -342,3 +216,44 @@ def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]
             "which cross-attention blocks could be woven",
         )
     return min(lists, key=lambda named: named[0].count("."))
+
+
+def weave_cross_attention(language_model: PreTrainedModel, config: AureaConfig) -> None:
+    """Gives the decoder's layers the blocks of `config.cross_attention_positions`, in place."""
+    _, layers = decoder_layers(language_model)
+    block_idx = {position: idx for idx, position in enumerate(config.cross_attention_positions)}
+
+    def block(position: int) -> AureaCrossAttentionBlock | None:
+        if position not in block_idx:
+            return None
+        return AureaCrossAttentionBlock(config, language_model.config, block_idx[position])
+
+    # Every layer, also those without a block, so that no keyword of ours reaches the decoder's attention.
+    for position, layer in enumerate(layers):
+        layer.__class__ = woven_class(AureaWovenDecoderLayerMixin, type(layer))
+        layer.cross_attention_block = block(position)
+        layer.closing_cross_attention_block = block(len(layers)) if position + 1 == len(layers) else None
+
+
+def cross_attention_tp_plan(language_model: PreTrainedModel) -> dict[str, str]:
+    """How tensor parallelism splits the blocks, by patterns of names inside the language model."""
+    plan = {
+        **dict.fromkeys(("cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj"), "colwise"),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "colwise"),
+        **dict.fromkeys(("cross_attn.o_proj", "mlp.down_proj"), "rowwise"),
+        # Each process has some of the heads, and with them a part of these norms' gradients.
+        **dict.fromkeys(("cross_attn.q_norm", "cross_attn.k_norm"), "replicated_with_grad_allreduce"),
+    }
+    prefix = f"{decoder_layers(language_model)[0]}.*"
+    return {f"{prefix}.{block}.{name}": style for block in BLOCK_NAMES for name, style in plan.items()}
+
+
+__all__ = [
+    "BLOCK_NAMES",
+    "ZERO_LAYERS",
+    "AureaCrossAttentionBlock",
+    "AureaWovenDecoderLayerMixin",
+    "cross_attention_tp_plan",
+    "decoder_layers",
+    "weave_cross_attention",
+]

@@ -1,22 +1,104 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Fusions: the semantic and the spatial encoder's feature maps become one sequence of visual tokens.
 
+    semantic (B, H, W, Cs) ─┐
+                            ├─ AureaFusion ─► (B, num_tokens, output_dim)
+    spatial  (B, H, W, Cd) ─┘
+
+`FUSIONS` lists them by name; `register_fusion` adds to it. The published one, `AureaSpatialRangeFusion`:
+
     semantic (B, H, W, Cs) ── norm, linear ──► (B, H, W, D) ──┐ semantic layers, reading the spatial map
     spatial  (B, H, W, D)  ── norm ───────────────────────────┤
                                       concatenation, 2D ──────┘ joint layers, reading the maps as they came in
                                       linear ──► (B, H·W, 2D)
 
-Each layer of `AureaSpatialRangeFusion` gathers, for every position, its neighbours in a *source* map; a *guidance*
-map, the running state of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttention`). The sources
-stay fixed. A fusion takes plain numbers, so that it can live in any model; `FUSIONS` lists them by name. All of them
-need the two maps on one grid and have `output_dim` channels.
+Each of its layers gathers, for every position, its neighbours in a *source* map; a *guidance* map, the running state
+of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttention`). The sources stay fixed.
 """
+
+import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .spatial_range_attention_aurea import AureaNeighborhoodAggregate, AureaSpatialRangeWeights
+
+
+FUSIONS: dict[str, type["AureaFusion"]] = {}
+
+
+def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["AureaFusion"]:
+    """Makes a fusion known by name: `feature_fusion_config={"fusion_type": name}`.
+
+    Raises:
+        TypeError: `fusion_class` is no subclass of `torch.nn.Module`.
+        ValueError: another class has the name.
+    """
+    if not (isinstance(fusion_class, type) and issubclass(fusion_class, nn.Module)):
+        raise TypeError(f"A fusion is a subclass of `AureaFusion`, got {fusion_class!r}.")
+    known = FUSIONS.setdefault(name, fusion_class)
+    if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):
+        raise ValueError(f"'{name}' is {known.__module__}.{known.__qualname__} already: choose another name.")
+    FUSIONS[name] = fusion_class  # a notebook's cell, or a file that was loaded again
+    return fusion_class
+
+
+class AureaFusion(nn.Module):
+    """What every fusion is. A subclass makes its layers from the [`AureaConfig`] alone, in `__init__`, sets there
+
+        output_dim (`int`): channels of its tokens, and
+        num_tokens (`int`): tokens that it makes of a picture; by default one for each patch of the semantic encoder,
+
+    and declares what others must know about it:
+
+    Attributes:
+        needs_one_grid: whether both encoders must give the same rows and columns of patches.
+        gives_map: whether `forward` takes `return_map=True` and then returns `(tokens, map)`, the fused map
+            `(batch, height, width, channels)` that the feature consistency loss is about.
+        kept_in_fp32: names of parameters that stay in float32 beside weights of another dtype.
+        not_quantized: names of modules whose linear layers stay precise when the model is loaded in 8 or 4 bits.
+        no_split: names of classes of modules that are not split over devices.
+    """
+
+    needs_one_grid: bool = True
+    gives_map: bool = False
+    kept_in_fp32: tuple[str, ...] = ()
+    not_quantized: tuple[str, ...] = ()
+    no_split: tuple[str, ...] = ()
+
+    output_dim: int
+    num_tokens: int
+
+    def __init__(self, config):
+        super().__init__()
+        rows, columns = config.grid_sizes[0]
+        self.num_tokens = rows * columns
+
+    @classmethod
+    def encoders(cls, config) -> tuple[str, ...]:
+        """Names of the encoders that it needs, among those of `config.encoder_configs`."""
+        return ("vision_config", "spatial_vision_config")
+
+    @classmethod
+    def validate_config(cls, config) -> None:
+        """Raises ValueError, with the values, for an [`AureaConfig`] of which no such fusion can be made."""
+        if cls.needs_one_grid and len({*config.grid_sizes}) > 1:
+            raise ValueError(
+                f"The fusion '{config.feature_fusion_config.fusion_type}' needs one grid, but the semantic encoder "
+                f"gives {config.grid_sizes[0]} patches and the spatial encoder {config.grid_sizes[1]}. Choose "
+                "`vision_image_size` and `spatial_vision_image_size` so that they agree."
+            )
+
+    def init_weights(self) -> None:
+        """Fills parameters that are the fusion's own, with `transformers.initialization`, and none of its layers'."""
+
+    def forward(self, semantic_features: torch.Tensor | None, spatial_features: torch.Tensor | None) -> torch.Tensor:
+        """Maps `(batch, height, width, channels)` of any floating dtype, None for an encoder that it does not need →
+        tokens `(batch, num_tokens, output_dim)` in the dtype of the weights."""
+        raise NotImplementedError
 
 
 class AureaPointwiseProjection(nn.Module):
@@ -73,6 +155,10 @@ class AureaSpatialRangeAttention(GradientCheckpointingLayer):
         return self.output_proj(self.neighborhood_aggregate(source, weights, self.radius))
 
 
+def _dim(config) -> int:
+    return config.feature_fusion_config.output_dim or 2 * config.feature_sizes[1]
+
+
 def _check_grids(semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> None:
     if semantic_features.ndim != 4 or semantic_features.shape[:3] != spatial_features.shape[:3]:
         raise ValueError(
@@ -81,42 +167,56 @@ def _check_grids(semantic_features: torch.Tensor, spatial_features: torch.Tensor
         )
 
 
-class AureaSpatialRangeFusion(nn.Module):
+class AureaSpatialRangeFusion(AureaFusion):
     """The published fusion: spatial-range attention refines the semantic map, then both maps together.
 
-    Args:
-        semantic_dim: channels of the semantic features.
-        spatial_dim: channels D of the spatial features; the output has 2D.
-        depth: stages of each of the two stacks; a stage is two layers.
-        radius: half side of the attention window; the grid must be larger.
-        layer_norm_eps: epsilon of the norms of the input features.
+    `depth` stages of two layers in each of the two stacks, windows of `radius`; `output_dim` is twice the spatial
+    encoder's channels. https://github.com/Dcas89/Aurea
     """
 
-    def __init__(self, semantic_dim: int, spatial_dim: int, depth: int, radius: int, layer_norm_eps: float = 1e-5):
-        super().__init__()
+    gives_map = True
+    kept_in_fp32 = ("sigma_spatial",)
+    not_quantized = ("fixup_proj",)  # small networks, whose widths no group of weights divides
+    no_split = ("AureaSpatialRangeAttention",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings = config.feature_fusion_config
+        semantic_dim, spatial_dim = config.feature_sizes
         self.output_dim = 2 * spatial_dim
-        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=layer_norm_eps)
-        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=layer_norm_eps)
+        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=settings.layer_norm_eps)
+        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=settings.layer_norm_eps)
         self.semantic_proj = nn.Linear(semantic_dim, spatial_dim, bias=False)
-        self.semantic_layers = nn.ModuleList(AureaSpatialRangeAttention(spatial_dim, radius) for _ in range(2 * depth))
-        self.joint_layers = nn.ModuleList(
-            AureaSpatialRangeAttention(self.output_dim, radius) for _ in range(2 * depth)
+        self.semantic_layers, self.joint_layers = (
+            nn.ModuleList(AureaSpatialRangeAttention(dim, settings.radius) for _ in range(2 * settings.depth))
+            for dim in (spatial_dim, self.output_dim)
         )
         self.output_proj = nn.Linear(self.output_dim, self.output_dim, bias=False)
+
+    @classmethod
+    def validate_config(cls, config) -> None:
+        super().validate_config(config)
+        output_dim = config.feature_fusion_config.output_dim
+        if output_dim not in (None, 2 * config.feature_sizes[1]):
+            raise ValueError(
+                f"`feature_fusion_config.output_dim` is {output_dim}, but the fusion 'spatial_range' has twice the "
+                f"channels of the spatial encoder, {2 * config.feature_sizes[1]}. Leave it out."
+            )
+        grid, radius = config.grid_sizes[0], config.feature_fusion_config.radius
+        if min(grid) <= radius:
+            raise ValueError(
+                f"The grid of {grid} patches must be larger than `feature_fusion_config.radius` ({radius}) on both "
+                "sides. Use larger pictures or a smaller radius."
+            )
+
+    def init_weights(self) -> None:
+        for layer in (*self.semantic_layers, *self.joint_layers):
+            init.ones_(layer.sigma_spatial)
 
     def forward(
         self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Maps of one grid → tokens `(batch, height·width, output_dim)`, in the dtype of the weights.
-
-        Args:
-            semantic_features: `(batch, height, width, semantic_dim)`, any floating dtype.
-            spatial_features: `(batch, height, width, spatial_dim)`, any floating dtype.
-            return_map: also give the fused map before its last linear layer, `(batch, height, width, channels)`.
-
-        Raises:
-            ValueError: if the grids differ, or are not larger than the radius.
-        """
+        """See [`AureaFusion`]; ValueError if the grids differ, or are not larger than the radius."""
         _check_grids(semantic_features, spatial_features)
         dtype = self.spatial_norm.weight.dtype
         semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
@@ -132,55 +232,229 @@ class AureaSpatialRangeFusion(nn.Module):
         return (tokens, joint) if return_map else tokens
 
 
-class AureaConcatFusion(nn.Module):
-    """The plain alternative: both maps, normalised, side by side, and one linear layer. Looks at no neighbours.
+class AureaConcatFusion(AureaFusion):
+    """Both maps, normalised, side by side: `x = W [LN(d); LN(s)]`, one token for each position.
 
-    Takes the arguments of `AureaSpatialRangeFusion`; depth and radius mean nothing here.
+    Hard to beat at scale: https://arxiv.org/abs/2408.15998.
     """
 
-    encoders = ("spatial", "semantic")
+    gives_map = True
 
-    def __init__(self, semantic_dim: int, spatial_dim: int, depth: int, radius: int, layer_norm_eps: float = 1e-5):
-        super().__init__()
-        self.output_dim = 2 * spatial_dim
-        dims = {"spatial": spatial_dim, "semantic": semantic_dim}
-        for encoder in self.encoders:
-            self.add_module(f"{encoder}_norm", nn.LayerNorm(dims[encoder], eps=layer_norm_eps))
-        self.output_proj = nn.Linear(sum(dims[encoder] for encoder in self.encoders), self.output_dim, bias=False)
+    def __init__(self, config):
+        super().__init__(config)
+        eps = config.feature_fusion_config.layer_norm_eps
+        semantic_dim, spatial_dim = config.feature_sizes
+        self.output_dim = _dim(config)
+        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=eps)
+        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=eps)
+        self.output_proj = nn.Linear(spatial_dim + semantic_dim, self.output_dim, bias=False)
 
     def forward(
         self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Maps of one grid → tokens `(batch, height·width, output_dim)`; ValueError if the grids differ.
-
-        With `return_map` also the joint map `(batch, height, width, channels)` before the linear layer.
-        """
+        """See [`AureaFusion`]; ValueError if the grids differ. The map is the one before the linear layer."""
         _check_grids(semantic_features, spatial_features)
-        maps = {"spatial": spatial_features, "semantic": semantic_features}
-        norms = {encoder: self.get_submodule(f"{encoder}_norm") for encoder in self.encoders}
-        joint = torch.cat([norm(maps[encoder].to(norm.weight.dtype)) for encoder, norm in norms.items()], dim=-1)
-        tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
+        dtype = self.spatial_norm.weight.dtype
+        spatial = self.spatial_norm(spatial_features.to(dtype))
+        joint = torch.cat([spatial, self.semantic_norm(semantic_features.to(dtype))], dim=-1)
+        tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, output_dim)
         return (tokens, joint) if return_map else tokens
 
 
-class AureaSemanticFusion(AureaConcatFusion):
-    """No fusion: the semantic encoder's map alone, normalised, and one linear layer. A baseline of comparisons.
+class AureaInterleaveFusion(AureaFusion):
+    """Tokens of both encoders in turn, each after a norm and a linear layer of its own:
 
-    The spatial encoder runs, but is not used: freeze it, lest several processes wait for its gradients.
+        x = (W₀ LN(s₁), W₁ LN(d₁), W₀ LN(s₂), W₁ LN(d₂), …)
+
+    Of two grids that differ, each token stands where its share of the sequence puts it. https://arxiv.org/abs/2401.06209
     """
 
-    encoders = ("semantic",)
+    needs_one_grid = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings = config.feature_fusion_config
+        semantic_dim, spatial_dim = config.feature_sizes
+        self.output_dim = _dim(config)
+        counts = [math.prod(grid) for grid in config.grid_sizes]
+        self.num_tokens = sum(counts)
+        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=settings.layer_norm_eps)
+        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=settings.layer_norm_eps)
+        self.semantic_proj = nn.Linear(semantic_dim, self.output_dim, bias=False)
+        self.spatial_proj = nn.Linear(spatial_dim, self.output_dim, bias=False)
+
+    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
+        """See [`AureaFusion`]; there are as many tokens as patches of both encoders."""
+        dtype = self.semantic_norm.weight.dtype
+        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
+        spatial = self.spatial_proj(self.spatial_norm(spatial_features.to(dtype)).flatten(1, 2))
+        places = [(torch.arange(n, device=semantic.device) + 0.5) / n for n in (semantic.shape[1], spatial.shape[1])]
+        order = torch.cat(places).argsort(stable=True)  # of equals, the semantic one first
+        return torch.cat([semantic, spatial], dim=1)[:, order]
 
 
-class AureaSpatialFusion(AureaConcatFusion):
-    """No fusion: the spatial encoder's map alone. As [`AureaSemanticFusion`], with the encoders' parts exchanged."""
+class AureaFusionAttention(nn.Module):
+    """Multi-head attention of tokens `(batch, N, dim)` to others `(batch, M, source_dim)`, with its output's residual
+    left to the caller."""
 
-    encoders = ("spatial",)
+    def __init__(self, dim: int, source_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(source_dim, dim, bias=False)
+        self.v_proj = nn.Linear(source_dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, tokens: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        states = self.q_proj(tokens), self.k_proj(source), self.v_proj(source)
+        heads = (state.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for state in states)
+        return self.o_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
 
 
-FUSIONS = {
-    "spatial_range": AureaSpatialRangeFusion,
-    "concat": AureaConcatFusion,
-    "semantic": AureaSemanticFusion,
-    "spatial": AureaSpatialFusion,
-}
+def _validate_heads(config) -> None:
+    dim = _dim(config)
+    num_heads = config.feature_fusion_config.num_heads_for(dim)
+    if dim % num_heads:
+        raise ValueError(
+            f"`feature_fusion_config.num_attention_heads` ({num_heads}) must divide the channels of the fused tokens "
+            f"({dim}, see `output_dim`)."
+        )
+
+
+class AureaCrossAttentionFusion(AureaFusion):
+    """The semantic encoder's tokens ask, the spatial encoder's answer, `depth` times:
+
+        x ← W₀ LN(s);   x ← x + Attention(LN(x), W₁ LN(d))
+
+    Helps small language models: https://arxiv.org/abs/2509.00664.
+    """
+
+    needs_one_grid = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings = config.feature_fusion_config
+        semantic_dim, spatial_dim = config.feature_sizes
+        dim = self.output_dim = _dim(config)
+        num_heads = settings.num_heads_for(dim)
+        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=settings.layer_norm_eps)
+        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=settings.layer_norm_eps)
+        self.semantic_proj = nn.Linear(semantic_dim, dim, bias=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=settings.layer_norm_eps) for _ in range(settings.depth))
+        self.layers = nn.ModuleList(AureaFusionAttention(dim, spatial_dim, num_heads) for _ in range(settings.depth))
+
+    @classmethod
+    def validate_config(cls, config) -> None:
+        _validate_heads(config)
+
+    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
+        """See [`AureaFusion`]; there are as many tokens as patches of the semantic encoder."""
+        dtype = self.semantic_norm.weight.dtype
+        tokens = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
+        source = self.spatial_norm(spatial_features.to(dtype)).flatten(1, 2)
+        for norm, layer in zip(self.norms, self.layers):
+            tokens = tokens + layer(norm(tokens), source)
+        return tokens
+
+
+class AureaSpatialVisionAggregator(AureaFusion):
+    """Learnable queries on a coarse grid, each of which looks at its window in both encoders' maps, `depth` times:
+
+        x_ij ← q_ij;   x_ij ← x_ij + Attention(LN(x_ij), [W₀ LN(s); W₁ LN(d)] in window ij)
+
+    `query_grid` rows and columns of queries divide both encoders' grids; half the semantic encoder's unless given.
+    Cambrian-1's aggregator: https://arxiv.org/abs/2406.16860.
+    """
+
+    needs_one_grid = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings = config.feature_fusion_config
+        dim = self.output_dim = _dim(config)
+        self.query_grid = settings.query_grid_for(config.grid_sizes[0])
+        self.num_tokens = math.prod(self.query_grid)
+        self.queries = nn.Parameter(torch.randn(self.num_tokens, dim) * dim**-0.5)
+        self.source_norms = nn.ModuleList(nn.LayerNorm(n, eps=settings.layer_norm_eps) for n in config.feature_sizes)
+        self.source_projs = nn.ModuleList(nn.Linear(size, dim, bias=False) for size in config.feature_sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=settings.layer_norm_eps) for _ in range(settings.depth))
+        num_heads = settings.num_heads_for(dim)
+        self.layers = nn.ModuleList(AureaFusionAttention(dim, dim, num_heads) for _ in range(settings.depth))
+
+    @classmethod
+    def validate_config(cls, config) -> None:
+        _validate_heads(config)
+        queries = config.feature_fusion_config.query_grid_for(config.grid_sizes[0])
+        for grid in config.grid_sizes:
+            if min(queries) < 1 or any(side % number for side, number in zip(grid, queries)):
+                raise ValueError(
+                    f"`feature_fusion_config.query_grid` {queries} must divide the encoders' grids of patches, "
+                    f"{config.grid_sizes[0]} and {config.grid_sizes[1]}."
+                )
+
+    def init_weights(self) -> None:
+        init.normal_(self.queries, std=self.output_dim**-0.5)
+
+    def _windows(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) → (B · queries, patches of a window, C)"""
+        rows, columns = self.query_grid
+        batch_size, height, width, channels = features.shape
+        windows = features.view(batch_size, rows, height // rows, columns, width // columns, channels)
+        return windows.transpose(2, 3).reshape(batch_size * self.num_tokens, -1, channels)
+
+    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
+        """See [`AureaFusion`]."""
+        maps = (semantic_features, spatial_features)
+        parts = zip(maps, self.source_norms, self.source_projs)
+        sources = [proj(norm(self._windows(features.to(norm.weight.dtype)))) for features, norm, proj in parts]
+        source = torch.cat(sources, dim=1)  # (B · queries, patches of both windows, D)
+        tokens = self.queries.repeat(semantic_features.shape[0], 1)[:, None]  # (B · queries, 1, D)
+        for norm, layer in zip(self.norms, self.layers):
+            tokens = tokens + layer(norm(tokens), source)
+        return tokens.view(-1, self.num_tokens, self.output_dim)
+
+
+class AureaNoFusion(AureaFusion):
+    """One encoder alone, that of `feature_fusion_config.encoder`; the other is not there at all.
+
+    Its features as they are or, with an `output_dim`, `x = W LN(s)`.
+    """
+
+    gives_map = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings = config.feature_fusion_config
+        [feature_size] = config.feature_sizes
+        self.output_dim = settings.output_dim or feature_size
+        self.norm_name = {"vision": "semantic_norm", "spatial_vision": "spatial_norm"}[settings.encoder]
+        self.is_identity = settings.output_dim is None
+        if not self.is_identity:
+            self.add_module(self.norm_name, nn.LayerNorm(feature_size, eps=settings.layer_norm_eps))
+            self.output_proj = nn.Linear(feature_size, self.output_dim, bias=False)
+
+    @classmethod
+    def encoders(cls, config) -> tuple[str, ...]:
+        return (f"{config.feature_fusion_config.encoder}_config",)
+
+    def forward(
+        self, semantic_features: torch.Tensor | None, spatial_features: torch.Tensor | None, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See [`AureaFusion`]; one of the two is None. The map is the one before the linear layer."""
+        features = spatial_features if semantic_features is None else semantic_features
+        if not self.is_identity:
+            norm = self.get_submodule(self.norm_name)
+            features = norm(features.to(norm.weight.dtype))
+        tokens = features.flatten(1, -2)  # (B, N, C)
+        tokens = tokens if self.is_identity else self.output_proj(tokens)
+        return (tokens, features) if return_map else tokens
+
+
+register_fusion("spatial_range", AureaSpatialRangeFusion)
+register_fusion("concat", AureaConcatFusion)
+register_fusion("interleave", AureaInterleaveFusion)
+register_fusion("cross_attention", AureaCrossAttentionFusion)
+register_fusion("sva", AureaSpatialVisionAggregator)
+register_fusion("none", AureaNoFusion)
+
+__all__ = ["FUSIONS", "AureaFusion", "AureaSpatialRangeAttention", "AureaSpatialRangeFusion", "register_fusion"]

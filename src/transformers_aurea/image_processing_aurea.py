@@ -71,6 +71,8 @@ SizeSetting = int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | No
 
 class AureaImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
+    do_spatial_view (`bool`, *optional*, defaults to `True`):
+        Whether there is a view 1. A model of one encoder needs view 0 alone.
     spatial_size (`dict[str, int]`, *optional*, defaults to `{"shortest_edge": 256}`):
         Size of view 1 after resizing: `height` and `width`, or `shortest_edge`, which keeps the aspect ratio.
     spatial_crop_size (`dict[str, int]`, *optional*, defaults to `{"height": 224, "width": 224}`):
@@ -83,6 +85,7 @@ class AureaImageProcessorKwargs(ImagesKwargs, total=False):
         Standard deviation of view 1, per channel.
     """
 
+    do_spatial_view: bool
     spatial_size: SizeSetting
     spatial_crop_size: SizeSetting
     spatial_resample: PILImageResampling | int | None
@@ -91,7 +94,7 @@ class AureaImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class AureaImageProcessor(PilBackend):
-    r"""Turns pictures into `pixel_values` of shape `(num_images, 2, 3, height, width)`, float32.
+    r"""Turns pictures into `pixel_values` of shape `(num_images, views, 3, height, width)`, float32.
 
     Pictures are PIL images, NumPy arrays or tensors (channels first or last; 8-bit, 16-bit, or floats in 0…1 or
     0…255), paths, URLs, base64 strings, bytes, binary files, or what `datasets.Image(decode=False)` yields, one or
@@ -126,6 +129,7 @@ class AureaImageProcessor(PilBackend):
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
 
+    do_spatial_view = True
     spatial_size = {"shortest_edge": 256}
     spatial_resample = PILImageResampling.BICUBIC
     spatial_crop_size = {"height": 224, "width": 224}
@@ -187,7 +191,7 @@ class AureaImageProcessor(PilBackend):
         return super()._standardize_kwargs(**kwargs) | {f"spatial_{name}": spatial[name] for name in names}
 
     def _validate_preprocess_kwargs(self, **kwargs):
-        for prefix in ("", "spatial_"):
+        for prefix in _prefixes(**kwargs):
             size, crop_size = kwargs[f"{prefix}size"], kwargs[f"{prefix}crop_size"]
             if kwargs["do_resize"]:
                 _check_size(f"{prefix}size", size, (("height", "width"), ("shortest_edge",)))
@@ -210,14 +214,14 @@ class AureaImageProcessor(PilBackend):
             raise ValueError("`do_pad` and `pad_size` have no meaning here: views are padded to the larger of the two")
 
     def _preprocess(self, images: list[torch.Tensor], return_tensors=None, device=None, **kwargs) -> BatchFeature:
-        pictures = []
+        pictures, prefixes = [], _prefixes(**kwargs)
         for index, image in enumerate(images):
             try:
                 picture, unit = _to_levels(image) if kwargs["do_resize"] else (image, 1.0)
-                pictures.append([self._make_view(picture, unit, prefix, **kwargs) for prefix in ("", "spatial_")])
+                pictures.append([self._make_view(picture, unit, prefix, **kwargs) for prefix in prefixes])
             except ValueError as error:
                 raise ValueError(f"Picture {index}: {error}") from error
-        for view, prefix in enumerate(("", "spatial_")):
+        for view, prefix in enumerate(prefixes):
             sizes = {tuple(views[view].shape) for views in pictures}
             if len(sizes) > 1:
                 raise ValueError(
@@ -227,7 +231,8 @@ class AureaImageProcessor(PilBackend):
         pixel_values = [_pad_and_stack(views) for views in pictures]
         if return_tensors is None:
             return BatchFeature(data={"pixel_values": [picture.numpy() for picture in pixel_values]})
-        pixel_values = torch.stack(pixel_values) if pixel_values else torch.zeros(0, 2, 3, *_canvas_size(**kwargs))
+        no_pictures = (0, len(prefixes), 3, *_canvas_size(**kwargs))
+        pixel_values = torch.stack(pixel_values) if pixel_values else torch.zeros(no_pictures)
         pixel_values = pixel_values.to(device) if return_tensors == "pt" else pixel_values.numpy()
         return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
 
@@ -358,10 +363,15 @@ def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
     return (size.shortest_edge, longest_edge) if height <= width else (longest_edge, size.shortest_edge)
 
 
+def _prefixes(do_spatial_view: bool, **kwargs) -> tuple[str, ...]:
+    """What the names of each view's settings begin with."""
+    return ("", "spatial_") if do_spatial_view else ("",)
+
+
 def _canvas_size(**kwargs) -> tuple[int, int]:
     """Height and width of `pixel_values` as far as the settings alone determine them."""
     sizes = []
-    for prefix in ("", "spatial_"):
+    for prefix in _prefixes(**kwargs):
         crop = kwargs[f"{prefix}crop_size"] if kwargs["do_center_crop"] else None
         size = crop or (kwargs[f"{prefix}size"] if kwargs["do_resize"] else None)
         sizes.append((size.height or 0, size.width or 0) if size else (0, 0))

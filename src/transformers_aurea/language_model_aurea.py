@@ -30,7 +30,8 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError, optional_field
-from .cross_attention_aurea import decoder_layers, woven_class
+from .cross_attention_aurea import decoder_layers
+from .weaving_aurea import woven_class
 
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
-from inspect import signature
 
 import torch
 from torch import nn
@@ -34,7 +33,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
+from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
+from .vision_encoder_aurea import pooling_settings
 
 
 logger = logging.get_logger(__name__)
@@ -44,14 +45,14 @@ IMAGE_TOKEN = "<|image|>"
 Part = str | os.PathLike | PreTrainedModel
 
 
-def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overrides) -> AureaConfig:
-    """The configuration of an Aurea of these parts.
+def parts_config(vision: Part | None, spatial_vision: Part | None, text: Part, **config_overrides) -> AureaConfig:
+    """The configuration of an Aurea of these parts, without a fusion if an encoder is None.
 
     Raises:
         OSError: a part's configuration cannot be read.
         TypeError: a part is none.
-        ValueError: a part's place is given to something else; an override is none of [`AureaConfig`] or
-            [`AureaFusionConfig`]; whatever these refuse.
+        ValueError: a part's place is given to something else, or a part to a fusion that has no use for it; an
+            override is none of [`AureaConfig`] or [`AureaFusionConfig`]; whatever these refuse.
     """
     check_overrides(config_overrides)
     text_config = _config(text, "text")
@@ -61,12 +62,19 @@ def parts_config(vision: Part, spatial_vision: Part, text: Part, **config_overri
             "model alone (a `...ForCausalLM`), and give that and a `tokenizer`."
         )
     check_is_decoder(text_config)
-    return AureaConfig(
-        vision_config=_vision_config(vision, "vision"),
-        spatial_vision_config=_vision_config(spatial_vision, "spatial_vision"),
-        text_config=text_config,
-        **config_overrides,
-    )
+    encoders = {"vision": vision, "spatial_vision": spatial_vision}
+    configs = {f"{name}_config": _vision_config(part, name) for name, part in encoders.items() if part is not None}
+    if len(configs) == 1 and not {"feature_fusion_config", "fusion_config"} & config_overrides.keys():
+        [name] = configs
+        config_overrides["feature_fusion_config"] = {"fusion_type": "none", "encoder": name.removesuffix("_config")}
+    config = AureaConfig(**configs, text_config=text_config, **config_overrides)
+    if configs.keys() != config.encoder_configs.keys():
+        raise ValueError(
+            f"The fusion '{config.feature_fusion_config.fusion_type}' needs {' and '.join(config.encoder_configs)}, "
+            f"but {' and '.join(configs) or 'none'} were given. Give each encoder that it needs, and None for the "
+            "other."
+        )
+    return config
 
 
 def check_overrides(config_overrides: dict) -> None:
@@ -93,16 +101,6 @@ def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], 
                 f"'{name}' is no argument of {config_class.__name__}"
                 + (f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(known)}.")
             )
-
-
-def pooling_settings(config: PreTrainedConfig) -> dict[str, bool]:
-    """Arguments with which an encoder of this configuration is made without the pooling layer that some have on top.
-
-    Nothing reads it, and checkpoints of classifiers lack its weights.
-    """
-    encoder_class = MODEL_MAPPING.get(type(config), None)
-    has_switch = encoder_class is not None and "add_pooling_layer" in signature(encoder_class).parameters
-    return {"add_pooling_layer": False} if has_switch else {}
 
 
 def _config(part: Part, name: str) -> PreTrainedConfig:
@@ -135,7 +133,7 @@ def _tower_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def _model_inside(part: PreTrainedModel, config: PreTrainedConfig) -> nn.Module | None:
     """The module that is transformers' model of this configuration, without heads: `part` itself or one inside."""
     model_class = MODEL_MAPPING.get(type(config), None)
-    return next((module for module in part.modules() if type(module) is model_class), None)
+    return next((module for module in part.modules() if model_class and isinstance(module, model_class)), None)
 
 
 def load_encoder(part: Part) -> dict[str, torch.Tensor]:
@@ -193,9 +191,9 @@ def model_from_parts(
             f"`text` ({type(language_model).__name__}) has no language modelling head. Give the model with it "
             "(`...ForCausalLM`), or `tie_word_embeddings=True` to use its input embeddings."
         )
+    encoders = {"model.vision_model.": vision, "model.spatial_vision_model.": spatial_vision}
     parts = {
-        "model.vision_model.": load_encoder(vision),
-        "model.spatial_vision_model.": load_encoder(spatial_vision),
+        **{prefix: load_encoder(part) for prefix, part in encoders.items() if part is not None},
         "": _language_model_weights(language_model, has_head),
     }
     state_dict = _state_dict(skeleton, parts)
@@ -206,6 +204,9 @@ def model_from_parts(
         model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
     finally:
         logging.set_verbosity(verbosity)
+    for name, parameter in model.model.fusion.named_parameters():  # the loader keeps what is given, not what it makes
+        if name.endswith(model.model.fusion.kept_in_fp32):
+            parameter.data = parameter.data.float()
     model.name_or_path = model.config.name_or_path = ""  # it is saved nowhere; the loader says 'None'
     _copy_buffers(decoder_of(language_model)[1] if has_head else language_model, model.model.language_model)
     _check_language_model(model, language_model, has_head)
@@ -230,7 +231,7 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     places = skeleton.state_dict()
     for name in skeleton.all_tied_weights_keys:
         del places[name]
-    blocks = {name: places.pop(name) for name in list(places) if "cross_attention_block." in name}
+    blocks = {name: places.pop(name) for name in list(places) if {*name.split(".")} & {*BLOCK_NAMES}}
     state_dict = {
         prefix + name: tensor
         for prefix, weights in parts.items()
@@ -241,11 +242,9 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     missing = sorted(name for name in places.keys() - state_dict.keys() if not name.startswith(new))
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
-    last_of_block = ("cross_attn.o_proj.weight", "mlp.down_proj.weight")
-    zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(last_of_block)}
-    # The loader keeps in float32 what is given, not what it makes itself.
-    widths = {name: torch.ones(1) for name in places if name.endswith("sigma_spatial")}
-    return state_dict | zeros | widths
+    zero_layers = tuple(f"{layer}.weight" for layer in ZERO_LAYERS)
+    zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(zero_layers)}
+    return state_dict | zeros
 
 
 def _language_model_weights(language_model: PreTrainedModel, has_head: bool) -> dict[str, torch.Tensor]:
@@ -294,18 +293,18 @@ def _copy_buffers(source: nn.Module, target: nn.Module):
 
 @torch.no_grad()
 def _check_encoders(model: PreTrainedModel):
-    """Shows both encoders two blank pictures.
+    """Shows the encoders two blank pictures.
 
     Raises:
         ValueError: an encoder does not give the features of each patch that its configuration promises.
     """
-    canvas = [max(sides) for sides in zip(*model.config.view_sizes)]
-    pictures = torch.zeros(2, 2, 3, *canvas)
-    for view, (name, size) in enumerate(zip(("vision", "spatial_vision"), model.config.feature_sizes)):
+    pictures = torch.zeros(2, len(model.config.views), 3, *model.config.canvas)
+    for name, size in zip(model.config.encoder_configs, model.config.feature_sizes):
+        name = name.removesuffix("_config")
         encoder = model.model.get_submodule(f"{name}_model")
-        expected = (2, *model.config.grid_sizes[view], size)
+        expected = (2, *encoder.view.grid, size)
         try:
-            _, features = model.model._encode_view(encoder, pictures, view)
+            _, features = encoder.encode(pictures)
             if features.shape != expected:
                 raise ValueError(f"its features have the shape {tuple(features.shape)}, not {expected}")
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # it wants something else
@@ -391,6 +390,5 @@ __all__ = [
     "load_tokenizer",
     "model_from_parts",
     "parts_config",
-    "pooling_settings",
     "view_settings",
 ]

@@ -10,6 +10,7 @@ the end of a turn stay words.
 import os
 import re
 import threading
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -195,8 +196,8 @@ class AureaProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained_parts(
         cls,
-        vision: Part,
-        spatial_vision: Part,
+        vision: Part | None,
+        spatial_vision: Part | None,
         text: Part,
         *,
         tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
@@ -226,12 +227,13 @@ class AureaProcessor(ProcessorMixin):
         """
         tokenizer = load_tokenizer(text, tokenizer)
         if image_processor is None:
-            # The sizes are the same for any fusion, and this one has nothing to refuse.
-            fusion = {"fusion_type": "concat"}
-            sizes = config or parts_config(vision, spatial_vision, text, feature_fusion_config=fusion)
-            views = zip((vision, spatial_vision), sizes.view_sizes, ("", "spatial_"))
-            settings = [view_settings(*view) for view in views]
-            image_processor = AureaImageProcessor(**settings[0], **settings[1])
+            encoders = {"vision_config": vision, "spatial_vision_config": spatial_vision}
+            # The sizes are the same for any fusion of two, and this one has nothing to refuse.
+            fusion = {} if None in encoders.values() else {"feature_fusion_config": {"fusion_type": "concat"}}
+            sizes = config or parts_config(vision, spatial_vision, text, **fusion)
+            views = zip(sizes.encoder_configs, sizes.view_sizes, ("", "spatial_"))
+            settings = [view_settings(encoders[name], size, prefix) for name, size, prefix in views]
+            image_processor = AureaImageProcessor(do_spatial_view=len(settings) > 1, **dict(ChainMap(*settings)))
         processor = cls(image_processor, tokenizer, chat_template=chat_template or chat_template_for(tokenizer))
         if config is not None and config.image_token_id != processor.image_token_id:
             raise ValueError(

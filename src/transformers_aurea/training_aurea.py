@@ -24,6 +24,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from .cross_attention_aurea import BLOCK_NAMES
+
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +36,7 @@ GROUP_MODULES = {
     "spatial_vision": ("spatial_vision_model",),
     "fusion": ("fusion",),
     "projector": ("multi_modal_projector",),
-    "cross_attention": ("cross_attention_block", "closing_cross_attention_block"),
+    "cross_attention": BLOCK_NAMES,
     "language_model": ("language_model", "lm_head"),
 }
 PARAMETER_GROUPS = tuple(GROUP_MODULES)
@@ -47,26 +49,21 @@ STAGES = {
     "full": PARAMETER_GROUPS,
 }
 
-_BLOCK = r"(?:closing_)?cross_attention_block"
-_DECODER_PROJECTIONS = (
-    r"\.(?:qkv_proj|[qkvo]_proj|query_key_value|c_attn|c_proj|dense"  # attention
+# Presets of adapters, by the groups whose linear layers they hit. Never an encoder's.
+LORA_TARGETS = {group: (group,) for group in ("language_model", "cross_attention", "fusion", "projector")}
+LORA_TARGETS["all"] = tuple(LORA_TARGETS)
+
+# Of the language model, whose layers have others beside: a Mamba layer's take no adapter.
+_DECODER_PROJECTIONS = re.compile(
+    r".*(?:\.(?:qkv_proj|[qkvo]_proj|query_key_value|c_attn|c_proj|dense"  # attention
     r"|(?:q|kv)_[ab]_proj(?:_with_mqa)?"  # with latent keys and values
     r"|gate_up_proj|(?:gate|up|down)_proj|c_fc|fc[12]|w[123]|dense_h_to_4h|dense_4h_to_h)"  # MLP
-    r"|attn\.(?:in_proj_\w+|out_proj)"  # linear attention; not a Mamba layer's, which take no adapter
+    r"|attn\.(?:in_proj_\w+|out_proj))"  # linear attention
 )
-LORA_TARGETS = {
-    "language_model": rf"(?:model\.)?language_model\.(?!.*{_BLOCK}).*(?:{_DECODER_PROJECTIONS})",
-    "cross_attention": (
-        rf"(?:model\.)?language_model\..*\.{_BLOCK}\.(?:cross_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
-    ),
-    "fusion": r"(?:model\.)?fusion\.(?:semantic_proj|output_proj|.*\.fc[12])",
-    "projector": r"(?:model\.)?multi_modal_projector\.linear_[12]",
-}
-LORA_TARGETS["all"] = "|".join(f"(?:{pattern})" for pattern in LORA_TARGETS.values())
 
 
-def _group_of(name: str) -> str:
-    """The group of a parameter or module, by its full name, inside whatever wrappers."""
+def _find_group(name: str) -> str | None:
+    """The group of a parameter or module, by its full name, inside whatever wrappers; None if it is in none."""
     parts = name.split(".")
     if any(part in GROUP_MODULES["cross_attention"] for part in parts):
         return "cross_attention"
@@ -74,7 +71,7 @@ def _group_of(name: str) -> str:
         for group, modules in GROUP_MODULES.items():
             if part in modules:
                 return group
-    raise ValueError(f"The parameter '{name}' is in none of the parts of an Aurea ({', '.join(PARAMETER_GROUPS)}).")
+    return None
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -90,7 +87,11 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """
     groups = {group: {} for group in PARAMETER_GROUPS}
     for name, parameter in model.named_parameters():
-        groups[_group_of(name)][name] = parameter
+        group = _find_group(name)
+        if group is None:
+            parts = ", ".join(PARAMETER_GROUPS)
+            raise ValueError(f"The parameter '{name}' is in none of the parts of an Aurea ({parts}).")
+        groups[group][name] = parameter
     return groups
 
 
@@ -155,8 +156,10 @@ def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableRep
             "The model has adapters: weights beside them would train but not be saved with them. Name their modules "
             "in `LoraConfig(modules_to_save=...)` instead; `GROUP_MODULES` lists them by group."
         )
-    chosen = {group for name in names for group in known[name]}
     parameters = parameter_groups(model)
+    # Of a stage, the encoders that there are.
+    absent = {group for group in ("vision", "spatial_vision") if not parameters[group]}
+    chosen = {group for name in names for group in known[name] if group not in absent or group == name}
     for group in chosen:
         if not parameters[group]:
             raise ValueError(f"The group '{group}' has no parameters in this {type(model).__name__}.")
@@ -186,14 +189,23 @@ def lora_targets(model: nn.Module, *presets: str) -> str:
     if not presets or (unknown := [preset for preset in presets if preset not in LORA_TARGETS]):
         problem = f"Unknown LoRA presets {unknown}" if presets else "No LoRA preset was given"
         raise ValueError(f"{problem}. There are: {', '.join(LORA_TARGETS)}.")
-    names = [name for name, _ in model.named_modules()]
+    targets = []
     for preset in presets:
-        if not any(re.fullmatch(LORA_TARGETS[preset], name) for name in names):
+        found = [name for name, module in model.named_modules() if _takes_adapter(name, module, LORA_TARGETS[preset])]
+        if not found:
             raise ValueError(
                 f"The LoRA preset '{preset}' hits no module of this {type(model).__name__}. If the model is wrapped, "
                 "give the one inside; if its layers have names of their own, write `target_modules` yourself."
             )
-    return "|".join(f"(?:{LORA_TARGETS[preset]})" for preset in presets)
+        targets += found
+    # Layers of one kind are one pattern.
+    return "|".join(sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in targets}))
+
+
+def _takes_adapter(name: str, module: nn.Module, groups: tuple[str, ...]) -> bool:
+    if not name or (group := _find_group(name)) not in groups:
+        return False
+    return bool(_DECODER_PROJECTIONS.fullmatch(name)) if group == "language_model" else isinstance(module, nn.Linear)
 
 
 def modules_not_to_quantize(

@@ -1,0 +1,106 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""What `generate` asks of an Aurea: pictures are encoded once, before rows become beams, and kept in the cache."""
+
+from inspect import signature
+
+import torch
+from transformers import Cache, GenerationMixin
+
+from .versions_aurea import CACHE_NAME, one_cache
+from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states
+from .visual_context_aurea import count_images, group_by_row, has_text_that_should_have_seen, images_in_cache
+
+
+class AureaGenerationMixin(GenerationMixin):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        cross_attention_states: torch.FloatTensor | None = None,
+        num_images: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ):
+        cache = one_cache(cache, past_key_values)
+        model_inputs = self.causal_lm.prepare_inputs_for_generation(
+            input_ids, **{CACHE_NAME: cache}, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if cache is not None and model_inputs.get(CACHE_NAME) is None:
+            # The language model reads all its text anew (Phi-3, where its rotary frequencies change): into the same
+            # cache, which may be the caller's, and which keeps the pictures.
+            cache.forget_text() if isinstance(cache, AureaVisualStatesCacheMixin) else cache.reset()
+            model_inputs[CACHE_NAME] = cache
+        # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
+        # the first, and it would draft blind.
+        is_cached = holds_visual_states(model_inputs.get(CACHE_NAME))
+        if cross_attention_states is not None and not is_cached:
+            model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
+        elif cross_attention_states is None and pixel_values is not None and not is_cached:
+            model_inputs["pixel_values"] = pixel_values
+        return model_inputs
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.causal_lm._supports_default_dynamic_cache()
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None:  # the pictures are encoded already
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "pixel_values"}
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        # Before rows are repeated for beams: pictures are encoded once, and from here on belong to rows.
+        kwargs = self._encode_images_for_generation(input_ids, kwargs)
+        if expand_size > 1:
+            kwargs.pop("pixel_values", None)
+        # Not repeated: the beams of a row see the same pictures.
+        visual_inputs = {name: kwargs.pop(name) for name in ("cross_attention_states", "num_images") if name in kwargs}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, kwargs | visual_inputs
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None:  # one that drafts from the text alone takes none of these
+            names = {"pixel_values", "cross_attention_states", "num_images", "mm_token_type_ids"}
+            names -= set(signature(assistant_model.forward).parameters)
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in names}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def _encode_images_for_generation(self, input_ids: torch.LongTensor | None, model_kwargs: dict) -> dict:
+        """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
+        pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
+        cache = model_kwargs.get(CACHE_NAME)
+        has_cached_states = holds_visual_states(cache)
+        if pixel_values is not None and pixel_values.shape[0] > 0:
+            # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
+            # in the first round; after that its cache knows.
+            if states is not None and has_cached_states:
+                return model_kwargs
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            image_tokens = self.model.get_placeholder_mask(
+                input_ids if inputs_embeds is None else None, inputs_embeds, model_kwargs.get("mm_token_type_ids")
+            )
+            # Only the new text was given if the positions go back further than it.
+            position_ids = model_kwargs.get("position_ids")
+            is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
+            seen = images_in_cache(cache) if is_continued else None
+            counts = count_images(image_tokens, pixel_values.shape[0], seen)
+            if not is_continued and has_text_that_should_have_seen(cache, counts):
+                cache.reset()  # the whole text was given, and is read again
+            image_features = self.get_image_features(pixel_values).pooler_output
+            states, num_images = group_by_row(image_features, counts)
+            model_kwargs |= {"cross_attention_states": states, "num_images": num_images}
+        if states is not None and has_cached_states:
+            cache.forget_visual_states()
+        return model_kwargs
+
+
+__all__ = ["AureaGenerationMixin"]

@@ -1,0 +1,108 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""What both of Aurea's models are to transformers: how they load, are saved, quantised, sharded and initialised."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .configuration_aurea import AureaConfig
+from .cross_attention_aurea import AureaCrossAttentionBlock
+from .hub_kernels_aurea import AureaHubKernelsMixin
+from .vision_encoder_aurea import encoder_attention
+
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    FSDP_CLASSES = (FSDPModule, FullyShardedDataParallel)
+else:
+    FSDP_CLASSES = ()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP or ZeRO-3 gathers weights for each forward pass, in which all processes take part."""
+    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDP_CLASSES) for module in model.modules())
+
+
+class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
+    config: AureaConfig
+    config_class = AureaConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values", "cache", "visual_cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The published precision: both encoders stay in float32. The strict list is for loading in any half precision;
+    # quantisers read the other one, from the start of a module's full name. The fusion adds to both, see `post_init`.
+    _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model"]
+    _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the language model; the first parameters, by which it is told otherwise, are an encoder's."""
+        return self.get_decoder().dtype
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Custom code that fills tensors in place is kept from modules whose parameters are loaded, and with them from
+        # modules that have none of their own, SigLIP's attention among them. This code uses
+        # `transformers.initialization`, which knows what is loaded.
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self.base_model.fusion:
+            module.init_weights()
+
+    def post_init(self):
+        fusion = self.base_model.fusion
+        self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split]
+        self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *fusion.kept_in_fp32]
+        not_quantized = (rf"(?:model\.)?fusion\..*\.{name}" for name in fusion.not_quantized)
+        self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, *not_quantized]
+        super().post_init()
+        # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
+        if isinstance(attn_implementation, str):  # an encoder that lacks it would refuse
+            encoders = {
+                name: encoder_attention(config, attn_implementation)
+                for name, config in self.config.encoder_configs.items()
+            }
+            everything = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
+            attn_implementation = everything | encoders
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        # Under the model's own names, not those that an older transformers had: by these alone `Trainer` resumes, and
+        # would leave all other weights as they were.
+        kwargs.setdefault("save_original_format", False)
+        # `fully_shard` puts a class of its own before the model's, and that would be saved as the code to load.
+        full_class = type(self)
+        if isinstance(self, FSDP_CLASSES):
+            self.__class__ = full_class.__mro__[2]
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = full_class
+
+    def initialize_weights(self):
+        # The blocks first: they stand inside the language model, whose own rules would be applied to them (Gemma
+        # starts norms at zero, which would silence queries and keys).
+        for block in self.modules():
+            if isinstance(block, AureaCrossAttentionBlock):
+                with torch.no_grad(), init.guard_torch_init_functions():
+                    block.apply(self._initialize_weights)
+        super().initialize_weights()
+
+
+__all__ = ["AureaPreTrainedModel", "is_sharded"]

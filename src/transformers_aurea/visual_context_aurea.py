@@ -1,0 +1,184 @@
+# Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
+"""What the text of a call sees of pictures: which visual tokens belong to which row, and which of them each word sees.
+
+    pictures (images, N, C), placeholders (batch, T)  ─ AureaVisualContext.of_pictures ─┐
+    visual states made ready before (rows, M·N, C)    ─ AureaVisualContext ─────────────┴─ .layer_inputs(cache)
+        → keywords that the decoder hands to its layers: states, mask, rows with a picture, the blocks' own cache
+
+A word sees the pictures whose placeholder is at or before it, and those before the first placeholder see the first
+picture. A row without pictures sees nothing.
+"""
+
+import copy
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import is_tracing, torch_compilable_check
+
+from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states, move_visual_states, weave_cache
+
+
+class AureaVisualContext:
+    """Visual states beside the text that sees them.
+
+    Args:
+        image_tokens: `(batch, tokens)`, True at each picture's placeholder.
+        states: `(rows, visual tokens, channels)`, right-padded; each row serves as many rows of the text that follow
+            each other. None if there are none, or in the cache.
+        num_images: `(rows,)`, how many pictures stand at the front of each row of `states`; None where every token
+            sees every state.
+
+    Raises:
+        ValueError: the rows of the states do not divide those of the text, or `num_images` has not their number.
+    """
+
+    def __init__(
+        self, image_tokens: torch.Tensor, states: torch.Tensor | None = None, num_images: torch.Tensor | None = None
+    ):
+        self.image_tokens = image_tokens
+        self.states = states
+        num_text_rows = image_tokens.shape[0]
+        self.num_images = None if states is None else repeat_for_text(num_images, states.shape[0], num_text_rows)
+
+    @classmethod
+    def of_pictures(cls, image_tokens: torch.Tensor, image_features: torch.Tensor, counts: torch.Tensor):
+        """From features of single pictures (images, N, C), in the order of their placeholders; see `count_images`."""
+        return cls(image_tokens, *group_by_row(image_features, counts))
+
+    def layer_inputs(
+        self, cache: Cache | None, use_cache: bool, text_config: PreTrainedConfig, tokens_per_image: int
+    ) -> dict[str, torch.Tensor | DynamicCache | None]:
+        """The keywords that the decoder hands to its layers; none where there is no picture, new or cached.
+
+        New states take the place of those in the cache.
+        """
+        is_new = self.states is not None
+        if not is_new and not holds_visual_states(cache):
+            return {}
+        if not is_new:
+            self.num_images = cache.num_images
+        elif cache is not None:
+            weave_cache(cache)
+            cache.forget_visual_states()
+            cache.num_images = self.num_images
+        if cache is None:
+            visual_cache = DynamicCache() if use_cache else None  # until the decoder has made a cache
+            seen = self.image_tokens.long().cumsum(dim=1)
+        else:
+            visual_cache = cache.visual
+            seen = cache.count_images(self.image_tokens) if is_new or self.num_images is not None else None
+        inputs = {"cross_attention_states": self.states, "visual_cache": visual_cache}
+        if self.num_images is None:
+            return inputs
+        states = self.states if is_new else visual_cache.layers[0].keys[:, 0]  # (rows, N, …)
+        # A row without a picture is given an empty one to look at, so that no softmax runs over nothing, and its
+        # result is discarded.
+        seen = torch.minimum(seen, self.num_images[:, None]).clamp(min=1)
+        seen = seen.reshape(states.shape[0], -1)  # as the blocks see the text
+        return {
+            **inputs,
+            "cross_attention_mask": cross_attention_mask(seen, states, text_config, tokens_per_image),
+            "rows_with_image": (self.num_images > 0)[:, None, None],
+        }
+
+    def move_to(self, kept: Cache, given: Cache | None, visual: DynamicCache) -> None:
+        """Gives the cache that the decoder made, instead of the one given, the states that its layers have kept."""
+        counts = self.image_tokens.long().cumsum(dim=1) if given is None else given.image_counts
+        num_images = self.num_images if given is None else given.num_images
+        move_visual_states(visual, num_images, counts, kept)
+
+
+def images_in_cache(cache: Cache | None) -> torch.Tensor | None:
+    """Placeholders in the cached text, (batch,); None for none counted."""
+    return cache.images_seen if isinstance(cache, AureaVisualStatesCacheMixin) else None
+
+
+def count_images(image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Pictures of each row (batch,), from its placeholders (batch, T) and those in the cached text before them.
+
+    Raises:
+        ValueError: they are not `num_images` together.
+    """
+    counts = image_tokens.sum(dim=1)
+    if images_seen is not None:
+        counts = counts + images_seen.to(counts.device)
+    torch_compilable_check(
+        counts.sum() == num_images,
+        lambda: (
+            f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
+            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the "
+            "order of the rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
+            "`mm_token_type_ids`, with a 1 at those of pictures."
+        ),
+    )
+    return counts
+
+
+def has_text_that_should_have_seen(cache: Cache | None, counts: torch.Tensor) -> bool:
+    """Whether rows that now have pictures were cached before their first: that text sees it when nothing is cached."""
+    if cache is None or is_tracing(counts) or cache.get_seq_length() == 0:
+        return False
+    if not holds_visual_states(cache):
+        return bool(counts.any())
+    return cache.num_images is not None and bool(((counts > 0) & (cache.num_images == 0)).any())
+
+
+def group_by_row(image_features: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Features of single pictures (images, N, C) → those of rows (batch, most images · N, C) and pictures per row.
+
+    The second is None where each row has exactly one picture, which all its tokens see. In a graph that is traced, no
+    shape may hang on what the text says: there each row has room for all pictures.
+    """
+    counts = counts.to(image_features.device)
+    if is_tracing(counts):
+        most = image_features.shape[0]
+    elif (counts == 1).all():
+        return image_features, None
+    else:
+        most = int(counts.max())
+    slots = torch.arange(most, device=counts.device)
+    is_taken = slots < counts[:, None]  # (batch, most images)
+    image_idx = ((counts.cumsum(dim=0) - counts)[:, None] + slots).where(is_taken, 0)
+    rows = image_features[image_idx].masked_fill(~is_taken[..., None, None], 0)
+    return rows.flatten(1, 2), counts
+
+
+def repeat_for_text(num_images: torch.Tensor | None, num_rows: int, num_text_rows: int) -> torch.Tensor | None:
+    """Pictures of each row of visual states → of each row of the text, of which several may share one of those."""
+    if num_text_rows % num_rows != 0:
+        raise ValueError(
+            f"`cross_attention_states` has {num_rows} rows, which do not divide the {num_text_rows} rows of the text: "
+            "give one for each, or for as many that follow each other."
+        )
+    if num_images is None:
+        return None
+    if num_images.shape[0] != num_rows:
+        raise ValueError(
+            f"`num_images` counts the pictures of {num_images.shape[0]} rows, but `cross_attention_states` has "
+            f"{num_rows}: give one number for each of these."
+        )
+    return num_images.repeat_interleave(num_text_rows // num_rows)
+
+
+def cross_attention_mask(
+    visible_images: torch.Tensor, states: torch.Tensor, text_config: PreTrainedConfig, tokens_per_image: int
+) -> torch.Tensor:
+    """Which visual tokens each text token sees, from the number of pictures (rows, T) that it sees."""
+    if "flash" in text_config._attn_implementation:
+        text_config = copy.copy(text_config)
+        text_config._attn_implementation = "sdpa"
+
+    def is_visible(batch_idx, head_idx, q_idx, kv_idx):
+        return kv_idx < visible_images[batch_idx, q_idx] * tokens_per_image
+
+    return create_bidirectional_mask(
+        config=text_config,
+        inputs_embeds=states.new_empty((*visible_images.shape, 0)),
+        attention_mask=None,
+        encoder_hidden_states=states,
+        and_mask_function=is_visible,
+    )
+
+
+__all__ = ["AureaVisualContext", "count_images", "group_by_row", "has_text_that_should_have_seen", "images_in_cache"]
