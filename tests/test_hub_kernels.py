@@ -328,6 +328,9 @@ class TestInPlace:
         hooks = pytest.importorskip("accelerate.hooks")
         layer = model.model.fusion.joint_layers[0].spatial_range_weights
         hooks.add_hook_to_module(layer, hooks.ModelHook())
+        hooked = layer.forward
+        model.set_use_kernels(False)  # as `from_pretrained` ends
+        assert layer.forward is hooked
         assert model.kernel_status().implementation == "pytorch"
         hooks.remove_hook_from_module(layer)
         model.set_use_kernels(True)
@@ -435,7 +438,7 @@ def assert_falls_back(model, warnings, *patterns: str) -> None:
 
 @needs_kernels
 class TestFailures:
-    def test_no_source_named_touches_no_network(self, model, warnings, monkeypatch):
+    def test_no_source_named_touches_no_network(self, model, warnings, monkeypatch, caplog):
         def refuse(*args, **kwargs):
             raise AssertionError("the network was touched")
 
@@ -443,6 +446,7 @@ class TestFailures:
             monkeypatch.setattr(socket, name, refuse)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         assert_falls_back(model, warnings, "No source is named", "AUREA_KERNEL_PATH", "AUREA_KERNEL_REPO")
+        assert [record for record in caplog.records if record.name.startswith("kernels.")] == []
 
     def test_no_such_folder(self, model, warnings, monkeypatch, tmp_path):
         monkeypatch.setenv("AUREA_KERNEL_PATH", str(tmp_path / "nowhere"))
@@ -699,9 +703,11 @@ class TestSources:
         assert "nowhere" in model.kernel_status().reason
 
     def test_what_the_user_registers_is_used_where_no_source_is_named(self, model, fake_kernel, warnings, tmp_path):
+        model.set_use_kernels(True)
+        assert model.kernel_status().implementation == "pytorch" and len(warnings()) == 1
         with kernels.use_kernel_mapping(registered(fake_kernel)):
             model.set_use_kernels(True)
-            assert model.kernel_status().implementation == "kernel" and warnings() == []
+            assert model.kernel_status().implementation == "kernel" and len(warnings()) == 1
             configure_kernel(path=tmp_path / "nowhere")
             model.set_use_kernels(True)
         assert "nowhere" in model.kernel_status().reason
@@ -772,13 +778,13 @@ class TestStatus:
         assert kernel_status(layer)[:2] == ("kernel", str(Path(__file__).parent))
         assert model.kernel_status() == tiny_model().kernel_status()
 
-    def test_a_model_without_the_attention(self):
+    def test_a_model_without_the_attention(self, warnings):
         config = tiny_config()
         config.feature_fusion_config.fusion_type = "concat"
-        assert AureaForConditionalGeneration(config).kernel_status() == (
-            *("pytorch", None),
-            "there is no spatial-range attention in it",
-        )
+        model = AureaForConditionalGeneration(config)
+        model.set_use_kernels(True)
+        assert model.kernel_status() == ("pytorch", None, "there is no spatial-range attention in it")
+        assert warnings() == []
 
 
 SCRIPT = """
