@@ -140,13 +140,19 @@ def main():
         parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.train_args and not args.train_args.is_file():
+        parser.error(f"--train_args {args.train_args} does not exist")
+    scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
+    try:
+        make_scene(0, **scene_options)
+    except ValueError as error:
+        parser.error(str(error))
     pictures = training_pictures(args.train_args) if args.train_args else None
 
     folder = args.model_name_or_path or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
     scores = evaluate(model, processor, seeds, args.batch_size, controls=not args.no_controls, **scene_options)
     columns = {
         "exact_match": "exact",
