@@ -63,6 +63,9 @@ EMBEDDED_MODEL = "transformers_aurea.embedded_model_path()"
 # Options that may differ where a training goes on.
 NOT_THE_RUN = ("use_kernels", "streaming", "on_error", "eval_dataset", "eval_scenes")
 
+# What is in a folder of which something was saved: a run that failed before is no training to go on with.
+TRAINED = ("checkpoint-*", "*.safetensors", "trainer_state.json")
+
 
 @dataclass
 class ModelArguments:
@@ -305,8 +308,12 @@ class ExactMatch:
 
 
 def check_run(file: Path, run: dict):
-    """Refuses a folder that holds the training of another model or dataset, which would go on, or be overwritten."""
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    """Refuses a folder that holds the training of another model or dataset, which would go on, or be overwritten.
+
+    A run of which nothing was saved leaves the folder free.
+    """
+    is_trained = any(any(file.parent.glob(pattern)) for pattern in TRAINED)
+    found = json.loads(file.read_text()) if is_trained and file.is_file() else {}
     for name, value in run.items():
         if found.get(name, value) != value:
             raise ValueError(

@@ -317,6 +317,18 @@ def test_model_of_parts_trains(tmp_path):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("saved", ["checkpoint-5", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_folder_belongs_to_a_run_once_something_was_saved(tmp_path, saved):
+    check_run = runpy.run_path(str(EXAMPLES / "train.py"))["check_run"]
+    file = tmp_path / "run.json"
+    file.write_text('{"dataset": "first"}')
+    check_run(file, {"dataset": "second"})
+    (tmp_path / saved).touch()
+    with pytest.raises(ValueError, match="holds a training with --dataset first, not second"):
+        check_run(file, {"dataset": "second"})
+    check_run(file, {"dataset": "first"})
+
+
 def test_checkpoint_whose_saving_was_cut_off_is_not_used(tmp_path, monkeypatch):
     train = runpy.run_path(str(EXAMPLES / "train.py"))
     last = train["last_complete_checkpoint"]
