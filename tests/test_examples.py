@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +178,25 @@ def test_an_error_without_words_is_told_by_its_kind():
     code = "from transformers_aurea.command_line import errors_in_one_line as begin; begin(); raise MemoryError"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, "error: MemoryError (--debug shows where)\n")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "datasets", "peft", "trl"])
+def test_a_missing_package_is_told_with_the_extra_that_installs_it(package):
+    code = f"""if True:
+        import sys
+        from transformers_aurea.command_line import errors_in_one_line
+        sys.modules["{package}"] = None  # as if it were not installed
+        errors_in_one_line()
+        import {package}"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    (extra,) = [
+        extra
+        for extra, requirements in project["optional-dependencies"].items()
+        if any(re.match(rf"{package}\b", requirement) for requirement in requirements)
+    ]
+    assert result.returncode == 1
+    assert f'pip install "transformers-aurea[{extra}]"' in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
