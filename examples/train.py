@@ -391,7 +391,8 @@ def train(trainer: Trainer):
     trainer.save_state()
 
 
-def main():
+def read_options() -> tuple[ModelArguments, DataArguments, TrainingArguments, dict]:
+    """The options, and those of them that a run has to keep. Wrong ones end the process with status 2."""
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, TrainingArguments),
         usage="%(prog)s --dataset DATASET --output_dir OUTPUT_DIR [--do_train] [--do_eval] [options, see --help]",
@@ -408,11 +409,15 @@ def main():
         check_options(model_args, data_args, training_args)
         options = asdict(model_args) | asdict(data_args)
         run = {name: value for name, value in options.items() if name not in NOT_THE_RUN}
-        run_file = Path(training_args.output_dir, "run.json")
         if training_args.do_train and not training_args.resume_from_checkpoint:
-            check_run(run_file, run)
+            check_run(Path(training_args.output_dir, "run.json"), run)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    return model_args, data_args, training_args, run
+
+
+def main():
+    model_args, data_args, training_args, run = read_options()
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True
@@ -449,6 +454,7 @@ def main():
         callback.attach(trainer)
     if training_args.do_train:
         if training_args.should_save:
+            run_file = Path(training_args.output_dir, "run.json")
             run_file.parent.mkdir(parents=True, exist_ok=True)
             run_file.write_text(json.dumps(run, indent=1) + "\n")
         train(trainer)
