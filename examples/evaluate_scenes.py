@@ -119,7 +119,8 @@ def as_json(text: str):
         raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
 
 
-def main():
+def read_args() -> argparse.Namespace:
+    """The options, `scene_options` among them. Wrong ones end the process with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", help="folder or hub id (default: the embedded model)")
     parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
@@ -140,14 +141,25 @@ def main():
         parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.train_args and not args.train_args.is_file():
+        parser.error(f"--train_args {args.train_args} does not exist")
+    args.scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
+    try:
+        make_scene(0, **args.scene_options)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main():
+    args = read_args()
     pictures = training_pictures(args.train_args) if args.train_args else None
 
     folder = args.model_name_or_path or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
-    scores = evaluate(model, processor, seeds, args.batch_size, controls=not args.no_controls, **scene_options)
+    scores = evaluate(model, processor, seeds, args.batch_size, controls=not args.no_controls, **args.scene_options)
     columns = {
         "exact_match": "exact",
         "black_picture": "black",

@@ -166,6 +166,8 @@ def main():
     parser.add_argument("--fusion_type", default="spatial_range", choices=tuple(FUSIONS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.width < 32 or args.width % 32:
+        parser.error(f"--width must be a multiple of 32, the channels of an attention head, not {args.width}")
 
     processor = make_processor()
     torch.manual_seed(args.seed)

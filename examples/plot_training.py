@@ -35,6 +35,10 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="output_dir of trainings")
     parser.add_argument("--output", type=Path, default=Path("training.svg"), help="SVG or PNG")
     args = parser.parse_args()
+    if args.output.suffix not in (".svg", ".png"):
+        parser.error(f"--output must end in .svg or .png, unlike {args.output}")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
     logs = {folder: json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in args.folders}
     import matplotlib.pyplot as plt
 

@@ -28,6 +28,8 @@ def main():
         parser.error("with --image, --prompt must say what to ask")
     if args.scene < 0:
         parser.error(f"--scene must be 0 or greater, not {args.scene}")
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens must be at least 1, not {args.max_new_tokens}")
 
     image, asked = args.image, [(prompt, None) for prompt in args.prompt or ()]
     if image is None:

@@ -42,6 +42,7 @@ from transformers_aurea.parts_aurea import check_overrides
 from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
     GROUP_MODULES,
+    LORA_TARGETS,
     STAGES,
     AuxiliaryLossLogger,
     GroupGradientNorms,
@@ -62,6 +63,9 @@ EMBEDDED_MODEL = "transformers_aurea.embedded_model_path()"
 # Options that may differ where a training goes on.
 NOT_THE_RUN = ("use_kernels", "streaming", "on_error", "eval_dataset", "eval_scenes")
 
+# What is in a folder of which something was saved: a run that failed before is no training to go on with.
+TRAINED = ("checkpoint-*", "*.safetensors", "trainer_state.json")
+
 
 @dataclass
 class ModelArguments:
@@ -72,15 +76,19 @@ class ModelArguments:
     spatial_vision: str | None = field(default=None, metadata={"help": "Spatial encoder: folder or hub id."})
     text: str | None = field(default=None, metadata={"help": "Language model: folder or hub id."})
     config_overrides: str = field(default="{}", metadata={"help": "JSON: AureaConfig's arguments that differ."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]}
+    )
     use_kernels: bool = field(default=False, metadata={"help": "Compute the fusion with the compiled kernel."})
     stage: str = field(default="full", metadata={"help": "What trains, without LoRA.", "choices": list(STAGES)})
     train_groups: list[str] | None = field(
-        default=None, metadata={"help": "Groups that train instead of a stage's, or, with LoRA, beside the adapters."}
+        default=None,
+        metadata={
+            "help": "Groups that train instead of a stage's, or, with LoRA, beside the adapters.",
+            "choices": list(GROUP_MODULES),
+        },
     )
-    lora: list[str] | None = field(
-        default=None, metadata={"help": "LoRA presets: language_model, cross_attention, fusion, projector or all."}
-    )
+    lora: list[str] | None = field(default=None, metadata={"help": "LoRA presets.", "choices": list(LORA_TARGETS)})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' inputs."})
@@ -135,14 +143,24 @@ def check_options(model_args: ModelArguments, data_args: DataArguments, training
         raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
     if training_args.do_eval and data_args.eval_dataset is None and data_args.dataset != "scenes":
         raise ValueError("--do_eval needs --eval_dataset.")
-    for name, least in {"scenes": 1, "eval_scenes": 1, "first_scene": 0}.items():
-        if getattr(data_args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, got {getattr(data_args, name)}.")
-    for name in ("curriculum", "questions_per_kind", "recolor"):
-        parse_json(name, getattr(data_args, name))
+    numbers = asdict(model_args) | asdict(data_args)
+    for name, least in {"scenes": 1, "eval_scenes": 1, "first_scene": 0, "max_length": 1, "lora_r": 1}.items():
+        if numbers[name] is not None and numbers[name] < least:
+            raise ValueError(f"--{name} must be at least {least}, got {numbers[name]}.")
+    if not 0 <= model_args.lora_dropout < 1:
+        raise ValueError(f"--lora_dropout must be from 0 to less than 1, got {model_args.lora_dropout}.")
+    scene_options = ("curriculum", "questions_per_kind", "recolor")
+    SceneDataset(train_seeds(1), **{name: parse_json(name, getattr(data_args, name)) for name in scene_options})
     for name in (data_args.dataset, data_args.eval_dataset or ""):
         if name.endswith((".json", ".jsonl")) and data_args.image_folder is None:
             raise ValueError(f"--dataset {name} needs --image_folder, the folder of its pictures.")
+    if (
+        data_args.streaming
+        and data_args.dataset != "scenes"
+        and training_args.do_train
+        and training_args.max_steps < 1
+    ):
+        raise ValueError("--streaming needs --max_steps, for nobody knows how long the dataset is.")
     if training_args.train_sampling_strategy in BY_LENGTH and "scenes" in (data_args.dataset, data_args.eval_dataset):
         raise ValueError(
             f"--train_sampling_strategy {training_args.train_sampling_strategy} needs lengths known beforehand, and "
@@ -170,18 +188,22 @@ def check_model_options(args: ModelArguments):
         raise ValueError(
             "--lora saves adapters alone, and the new parts would be lost: train with --stage align first."
         )
+    if args.text is not None and (args.load_in_4bit or tensor_parallel_size() > 1 or is_deepspeed_zero3_enabled()):
+        raise ValueError(
+            "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea: make and save one of parts first."
+        )
+
+
+def tensor_parallel_size() -> int:
+    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # of the launch configuration
 
 
 def load_model(args: ModelArguments):
     """The model and its processor, from a folder or from parts."""
     parts = {"vision": args.vision, "spatial_vision": args.spatial_vision, "text": args.text}
     overrides = parse_json("config_overrides", args.config_overrides)
-    tp_size = int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))  # of the launch configuration
+    tp_size = tensor_parallel_size()
     if args.text is not None:
-        if args.load_in_4bit or tp_size > 1 or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea: make and save one of parts first."
-            )
         model = AureaForConditionalGeneration.from_pretrained_parts(**parts, dtype=args.dtype, **overrides)
         return model, AureaProcessor.from_pretrained_parts(**parts, config=model.config)
     quantization = None
@@ -286,8 +308,12 @@ class ExactMatch:
 
 
 def check_run(file: Path, run: dict):
-    """Refuses a folder that holds the training of another model or dataset, which would go on, or be overwritten."""
-    found = json.loads(file.read_text()) if file.is_file() else {}
+    """Refuses a folder that holds the training of another model or dataset, which would go on, or be overwritten.
+
+    A run of which nothing was saved leaves the folder free.
+    """
+    is_trained = any(any(file.parent.glob(pattern)) for pattern in TRAINED)
+    found = json.loads(file.read_text()) if is_trained and file.is_file() else {}
     for name, value in run.items():
         if found.get(name, value) != value:
             raise ValueError(
@@ -365,24 +391,33 @@ def train(trainer: Trainer):
     trainer.save_state()
 
 
-def main():
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+def read_options() -> tuple[ModelArguments, DataArguments, TrainingArguments, dict]:
+    """The options, and those of them that a run has to keep. Wrong ones end the process with status 2."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        usage="%(prog)s --dataset DATASET --output_dir OUTPUT_DIR [--do_train] [--do_eval] [options, see --help]",
+    )
     files = ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--args_file", type=Path, action="append", default=[])
     for file in files.parse_known_args()[0].args_file:
         if not file.is_file():  # the parser of transformers would go on without it
             parser.error(f"--args_file {file} does not exist")
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     try:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses(args_file_flag="--args_file")
         check_options(model_args, data_args, training_args)
+        options = asdict(model_args) | asdict(data_args)
+        run = {name: value for name, value in options.items() if name not in NOT_THE_RUN}
+        if training_args.do_train and not training_args.resume_from_checkpoint:
+            check_run(Path(training_args.output_dir, "run.json"), run)
     except ValueError as error:
-        parser.error(str(error))
-    run = {name: value for name, value in (asdict(model_args) | asdict(data_args)).items() if name not in NOT_THE_RUN}
-    run_file = Path(training_args.output_dir, "run.json")
-    if training_args.do_train and not training_args.resume_from_checkpoint:
-        check_run(run_file, run)
+        parser.error(" ".join(str(error).split()))
+    return model_args, data_args, training_args, run
+
+
+def main():
+    model_args, data_args, training_args, run = read_options()
     transformers.set_seed(training_args.seed)
     training_args.remove_unused_columns = False
     training_args.batch_eval_metrics = True
@@ -419,6 +454,7 @@ def main():
         callback.attach(trainer)
     if training_args.do_train:
         if training_args.should_save:
+            run_file = Path(training_args.output_dir, "run.json")
             run_file.parent.mkdir(parents=True, exist_ok=True)
             run_file.write_text(json.dumps(run, indent=1) + "\n")
         train(trainer)

@@ -142,6 +142,11 @@ class TestOverridesOfFromPretrained:
         assert report["mismatched_keys"]
         assert all(name.startswith("model.fusion.") for name, *_ in report["mismatched_keys"])
 
+    @pytest.mark.parametrize("auto_class", [AutoConfig, AureaForConditionalGeneration, AutoModelForImageTextToText])
+    def test_a_radius_that_the_grid_does_not_allow_is_refused(self, folder, auto_class):
+        with pytest.raises(ValueError, match=r"grid of \(4, 4\).*radius` \(4\).*smaller radius"):
+            auto_class.from_pretrained(folder, feature_fusion_config={"radius": 4}, ignore_mismatched_sizes=True)
+
     def test_fusion_config_is_transformers_own(self, folder, tmp_path):
         """Kinds of modules to fuse, of which an Aurea has none; they stay in the configuration."""
         own = {"patch_embeddings": True}
@@ -155,6 +160,13 @@ class TestOverridesOfFromPretrained:
         assert again.config.feature_fusion_config.to_dict() == model.config.feature_fusion_config.to_dict()
         with pytest.raises(ValueError, match="Unknown fusion type: radius"):
             AureaForConditionalGeneration.from_pretrained(folder, fusion_config={"radius": 2})
+
+
+def test_a_model_is_not_built_of_a_configuration_that_was_changed_for_the_worse():
+    config = tiny_config()
+    config.feature_fusion_config.radius = 4
+    with pytest.raises(ValueError, match=r"grid of \(4, 4\).*radius` \(4\)"):
+        AureaForConditionalGeneration(config)
 
 
 def test_the_spatial_view_defaults_to_the_size_that_gives_one_grid():

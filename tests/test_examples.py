@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from transformers_aurea import AureaForConditionalGeneration, embedded_model_pat
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PARTS = ["--vision=v", "--spatial_vision=s", "--text=t"]
 
 
 def run(script, *options, cwd=None):
@@ -79,7 +81,7 @@ def test_train_then_evaluate(untrained, tmp_path):
     for other in ({"scenes": 8}, {"model_name_or_path": "elsewhere"}, {"recolor": '{"black": ["teal", [0, 99, 99]]}'}):
         refused = run("train.py", "--do_train", *as_arguments(options | other))
         (name,) = other
-        assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 2, refused.stderr  # with the usage
         assert (
             f"trained holds a training with --{name} " in refused.stderr and "another --output_dir" in refused.stderr
         )
@@ -137,7 +139,6 @@ def test_rows_are_grouped_by_length(untrained, tmp_path, strategy):
         ("evaluate_scenes.py", ["--model_name_or_path", "nowhere/at/all", "--scenes", "2"], "nowhere/at/all"),
         ("take_apart.py", ["--model_name_or_path", "nowhere/at/all", "--output_dir", "x"], "nowhere/at/all"),
         ("quickstart.py", ["--image", "no.png", "--prompt", "a"], "no.png' cannot be read"),
-        ("make_embedded_model.py", ["--output_dir", "x", "--width", "33"], "33"),
         ("plot_training.py", ["nowhere"], "nowhere/trainer_state.json"),
         ("compare_fusions.py", ["--output_dir", "/dev/null/x"], "/dev/null/x"),
     ],
@@ -149,10 +150,53 @@ def test_errors_are_one_line(script, options, message, tmp_path):
     assert last.startswith("error: ") and message in last
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("make_embedded_model.py", ["--output_dir", "x", "--width", "33"], "--width must be a multiple of 32"),
+        ("make_embedded_model.py", ["--output_dir", "x", "--width", "-32"], "not -32"),
+        ("plot_training.py", ["x", "--output", "training.txt"], "must end in .svg or .png, unlike training.txt"),
+        ("plot_training.py", ["x", "--output", "no/training.svg"], "there is no folder no"),
+        ("quickstart.py", ["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, not 0"),
+        ("evaluate_scenes.py", ["--max_objects", "6"], "max_objects must be an integer from 1 to 5, not 6"),
+        ("evaluate_scenes.py", ["--recolor", '{"teal": ["black", [0, 0, 0]]}'], "not 'teal' 'black'"),
+        ("evaluate_scenes.py", ["--train_args", "no.args"], "--train_args no.args does not exist"),
+        ("compare_fusions.py", ["--output_dir", "x", "--processes", "0"], "--processes must be at least 1, not 0"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_done(script, options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert refusal.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_without_words_is_told_by_its_kind():
     code = "from transformers_aurea.command_line import errors_in_one_line as begin; begin(); raise MemoryError"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, "error: MemoryError (--debug shows where)\n")
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "datasets", "peft", "trl"])
+def test_a_missing_package_is_told_with_the_extra_that_installs_it(package):
+    code = f"""if True:
+        import sys
+        from transformers_aurea.command_line import errors_in_one_line
+        sys.modules["{package}"] = None  # as if it were not installed
+        errors_in_one_line()
+        import {package}"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
+    (extra,) = [
+        extra
+        for extra, requirements in project["optional-dependencies"].items()
+        if any(re.match(rf"{package}\b", requirement) for requirement in requirements)
+    ]
+    assert result.returncode == 1
+    assert f'pip install "transformers-aurea[{extra}]"' in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_debug_shows_where_an_error_comes_from(tmp_path):
@@ -206,17 +250,37 @@ def test_debug_shows_where_an_error_comes_from(tmp_path):
             ],
             "did you mean 'radius'",
         ),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--unknown", "1"], "--unknown"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--lora", "decoder"], "invalid choice: 'decoder'"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--train_groups", "towers"], "choice: 'towers'"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (
+            ["--dataset=scenes", "--output_dir", "x", "--do_train", "--load_best_model_at_end"],
+            "requires the save and eval",
+        ),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--lora_r", "0"], "--lora_r must be at least 1"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--max_length", "0"], "--max_length must be at"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--lora_dropout", "1.5"], "less than 1, got 1.5"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--curriculum", "[[2, 1]]"], "has [2, 1]"),
+        (["--dataset=scenes", "--output_dir", "x", "--do_train", "--recolor", "7"], "must be like"),
+        (["--dataset", "c", "--output_dir", "x", "--do_train", "--streaming"], "--streaming needs --max_steps"),
+        (
+            ["--output_dir", "x", "--do_train", "--dataset=c", "--load_in_4bit", *PARTS],
+            "--load_in_4bit, tensor parallelism and ZeRO-3 need a saved Aurea",
+        ),
     ],
 )
 def test_bad_options_are_named_and_wrong_usage(untrained, tmp_path, options, message, monkeypatch, capsys):
     options = [str(tmp_path / "x") if option == "x" else option for option in options]
-    if "--vision" not in options:
+    if not any(option.startswith("--vision") for option in options):
         options += ["--model_name_or_path", str(untrained)]
     monkeypatch.setattr(sys, "argv", ["train.py", *options])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     with pytest.raises(SystemExit) as refusal:
         runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
-    assert refusal.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert refusal.value.code == 2 and message in said.splitlines()[-1]
+    assert len(said) < 1000  # not the usage of all options
 
 
 @pytest.mark.slow
@@ -271,6 +335,18 @@ def test_model_of_parts_trains(tmp_path):
     log = json.loads((tmp_path / "trained" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("saved", ["checkpoint-5", "adapter_model.safetensors", "trainer_state.json"])
+def test_a_folder_belongs_to_a_run_once_something_was_saved(tmp_path, saved):
+    check_run = runpy.run_path(str(EXAMPLES / "train.py"))["check_run"]
+    file = tmp_path / "run.json"
+    file.write_text('{"dataset": "first"}')
+    check_run(file, {"dataset": "second"})
+    (tmp_path / saved).touch()
+    with pytest.raises(ValueError, match="holds a training with --dataset first, not second"):
+        check_run(file, {"dataset": "second"})
+    check_run(file, {"dataset": "first"})
 
 
 def test_checkpoint_whose_saving_was_cut_off_is_not_used(tmp_path, monkeypatch):

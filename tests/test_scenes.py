@@ -422,6 +422,13 @@ def test_command_line_writes_a_contact_sheet(tmp_path, capsys):
     assert capsys.readouterr().out.count("describe") == 5
 
 
+@pytest.mark.parametrize("options, message", [(["--n", "0"], "--n must be"), (["--first", "-1"], "--first must be")])
+def test_command_line_refuses_numbers_that_no_sheet_has(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as refusal:
+        scenes.main(["--out", str(tmp_path / "new"), *options])
+    assert refusal.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_numbers_and_colors_at_the_ends_of_their_ranges():
     assert len(scenes.train_seeds(0)) == len(scenes.test_seeds(0)) == 0
     make_scene(0, recolor={"black": ("teal", (0, 255, 255))})

@@ -437,6 +437,29 @@ class TestQuantization:
         with torch.no_grad():
             torch.testing.assert_close(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
+    @pytest.mark.parametrize("fusion_type", ["spatial_range", "concat"])
+    def test_gradients_pass_8_bits_in_half_precision_as_in_training(self, tmp_path, fusion_type):
+        """On a CPU and out of training bitsandbytes writes to its input wherever that has large values, here each."""
+        pytest.importorskip("bitsandbytes")
+        fusion = {"radius": 1, "depth": 1, "fusion_type": fusion_type}
+        tiny_model(feature_fusion_config=fusion).save_pretrained(tmp_path)
+        model = AureaForConditionalGeneration.from_pretrained(
+            tmp_path,
+            dtype=torch.float16,
+            quantization_config=BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=1e-9),
+            attn_implementation="eager",  # SDPA needs its output again, which o_proj wrote to
+        )
+        batch = collate([row(0, 1), row(1, 1)])
+
+        def gradients(model) -> dict[str, torch.Tensor]:
+            model.zero_grad()
+            model(**batch).loss.backward()
+            return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and "norm" in name}
+
+        in_training, outside = gradients(model.train()), gradients(model.eval())
+        assert any("fusion" in name for name in outside) and any("cross_attention" in name for name in outside)
+        torch.testing.assert_close(outside, in_training, atol=1e-2, rtol=1e-2)
+
     def test_an_unknown_group_is_refused(self):
         with pytest.raises(ValueError, match=r"Unknown parameter groups \['towers'\]"):
             modules_not_to_quantize("towers")

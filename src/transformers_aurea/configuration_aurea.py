@@ -349,7 +349,10 @@ class AureaConfig(PreTrainedConfig):
                 f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of "
                 "it, see `AureaForConditionalGeneration.from_pretrained_parts`."
             )
-        return super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
+        loaded = super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.validate_architecture()  # as transformers does too, but before it sets what `kwargs` change
+        return loaded
 
     @property
     def fusion_class(self) -> type[AureaFusion]:

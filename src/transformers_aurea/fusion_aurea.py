@@ -219,8 +219,9 @@ class AureaSpatialRangeFusion(AureaFusion):
         """See [`AureaFusion`]; ValueError if the grids differ, or are not larger than the radius."""
         _check_grids(semantic_features, spatial_features)
         dtype = self.spatial_norm.weight.dtype
-        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
-        semantic = semantic.unflatten(1, semantic_features.shape[1:3])  # (B, H, W, D)
+        # A matrix, lest an 8-bit layer gives a view: see `AureaMultiModalProjector`.
+        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(0, 2))
+        semantic = semantic.unflatten(0, semantic_features.shape[:3])  # (B, H, W, D)
         spatial = self.spatial_norm(spatial_features.to(dtype))
         joint_source = torch.cat([spatial, semantic], dim=-1)  # (B, H, W, 2D)
         for layer in self.semantic_layers:

@@ -61,7 +61,10 @@ class AureaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size, bias=False)
 
     def forward(self, fused_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(fused_features)))
+        # As a matrix: of a batch of tokens an 8-bit layer of bitsandbytes gives a view that autograd lets nobody write
+        # to, and the 8-bit layers that read it, here the blocks' `k_proj` and `v_proj`, do so on a CPU.
+        projected = self.linear_2(self.act(self.linear_1(fused_features.flatten(0, 1))))
+        return projected.unflatten(0, fused_features.shape[:2])
 
 
 class AureaModel(AureaPreTrainedModel):

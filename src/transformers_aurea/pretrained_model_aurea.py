@@ -44,6 +44,10 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model"]
     _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model"]
 
+    def __init__(self, config: AureaConfig, *args, **kwargs):
+        config.validate_architecture()  # fields may have changed since, and a radius of any size would be built
+        super().__init__(config, *args, **kwargs)
+
     @property
     def dtype(self) -> torch.dtype:
         """That of the language model; the first parameters, by which it is told otherwise, are an encoder's."""

@@ -670,6 +670,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=8, help="how many scenes (default: 8)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     args = parser.parse_args(argv)
+    if args.n < 1:
+        parser.error(f"--n must be at least 1, not {args.n}")
+    if args.first < 0:
+        parser.error(f"--first must be 0 or greater, not {args.first}")
 
     zoom, columns = 4, min(args.n, 4)
     side = zoom * IMAGE_SIZE
