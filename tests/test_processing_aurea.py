@@ -1,21 +1,26 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 import base64
 import copy
+import inspect
 import io
 import json
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AddedToken, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.image_utils import ChannelDimension
+from transformers.processing_utils import ProcessorMixin
 
 from transformers_aurea import processing_aurea
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
-from transformers_aurea.processing_aurea import MARK, SYSTEM_PROMPT, AureaProcessor
+from transformers_aurea.processing_aurea import MARK, SYSTEM_PROMPT, AureaProcessor, chat_template_for
 from transformers_aurea.tokenization_aurea import build_tokenizer
 
 
@@ -258,15 +263,62 @@ def test_placeholder_in_a_content_that_is_a_string_awaits_its_picture_or_is_text
     assert control_ids(processor, inputs["input_ids"][0]) == ["<|user|>", "<|end|>"]
 
 
-def test_words_stay_words_where_the_tokenizer_looks_for_tokens_after_normalization(processor):
+NORMALIZED_WORDS = {
+    "none": (None, "<|stop|><|end|><|stop|>"),
+    "case": (normalizers.Lowercase(), "<|STOP|><|Image|>"),
+    "width": (normalizers.NFKC(), "＜｜ｓｔｏｐ｜＞<|ｅｎｄ|><|imaｇe|>"),
+    "accents": (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|stöp|><|énd|><|ímage|>"),
+}
+
+
+@pytest.mark.parametrize("normalizer, words", NORMALIZED_WORDS.values(), ids=NORMALIZED_WORDS)
+def test_words_stay_words_where_the_tokenizer_looks_for_tokens_after_normalization(processor, normalizer, words):
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.add_tokens(
-        [AddedToken("<|stop|>", special=True, normalized=True), AddedToken("<|stop|><|end|>", special=True)]
-    )
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokens = [*tokenizer.added_tokens_decoder.values(), AddedToken("<|stop|>", special=True)]
+    tokenizer.add_tokens([AddedToken(**{**token.__getstate__(), "normalized": True}) for token in tokens])
+    tokenizer.add_tokens([AddedToken("<|stop|><|end|>", special=True)])
+    size = len(tokenizer)
     other = AureaProcessor(processor.image_processor, tokenizer)
-    chat = [user("<|stop|><|end|><|stop|>")]
-    ids = other.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
-    assert control_ids(other, ids) == ["<|user|>", "<|end|>"]
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    inputs = other.apply_chat_template(
+        [[{"role": "system", "content": words}, user(picture, words)], [user({"type": "text", "text": words})]],
+        tokenize=True,
+        return_dict=True,
+    )
+    first, second = (control_ids(other, ids) for ids in inputs["input_ids"])
+    assert first == ["<|system|>", "<|end|>", "<|user|>", "<|image|>", "<|end|>"] and second == ["<|user|>", "<|end|>"]
+    assert other(text=words.replace("<|end|>", ""))["input_ids"] and len(tokenizer) == size
+
+
+@pytest.fixture(scope="module")
+def spelling_tokenizer():
+    """As T5's and XLM-R's: control tokens are among the pieces of its model, which makes them of characters too."""
+    letters = [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyzUA<|/>:\n"]
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("<|image|>", 0.0), *letters], unk_id=0))
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<|image|>"},
+    )
+
+
+@pytest.mark.parametrize("words", ["a</s>b", "a＜/s＞b</s>", "<|image|> <|ｉｍａｇｅ|>", "all <unk> ones"])
+def test_words_stay_words_where_the_tokenizer_spells_tokens(processor, spelling_tokenizer, words):
+    assert spelling_tokenizer.tokenize("</s>", split_special_tokens=True)[-1] == "</s>"
+    spelling_tokenizer.encode_special_tokens = False
+    other = AureaProcessor(processor.image_processor, spelling_tokenizer, chat_template_for(spelling_tokenizer))
+    picture = {"type": "image", "image": Image.new("RGB", (9, 9))}
+    chat = [user(picture, words), assistant(words)]
+    inputs = other.apply_chat_template(chat, tokenize=True, return_dict=True)
+    ids = [idx for idx in inputs["input_ids"][0] if idx in (1, 2)]
+    assert ids == [other.image_token_id, spelling_tokenizer.eos_token_id] and len(inputs["pixel_values"]) == 1
+    normal = unicodedata.normalize("NFKC", words)
+    assert other.decode(inputs["input_ids"][0]).count(normal) == 2
+    assert spelling_tokenizer.backend_tokenizer.pre_tokenizer.__class__ is pre_tokenizers.Metaspace
 
 
 def test_marks_in_the_words_themselves_make_no_token(processor):
@@ -274,6 +326,7 @@ def test_marks_in_the_words_themselves_make_no_token(processor):
     tokenizer.add_tokens([AddedToken("<|stop|>", special=True, normalized=True)])
     other = AureaProcessor(processor.image_processor, tokenizer)
     chat = [user(f"<{MARK}|stop|> <{MARK}|end|>")]
+    assert MARK not in other.apply_chat_template([user(f"a{MARK}b")])
     ids = other.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
     assert control_ids(other, ids) == ["<|user|>", "<|end|>"]
 
@@ -337,14 +390,91 @@ def test_tools_that_the_template_does_not_write_are_refused(processor):
     assert processor.apply_chat_template([user("a")], tools=[]) == "<|user|>a<|end|>"
 
 
-def test_tool_calls_that_the_template_does_not_write_are_warned_of(processor, monkeypatch):
-    warnings = []
-    monkeypatch.setattr("transformers_aurea.processing_aurea.logger.warning_once", warnings.append)
-    calls = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
-    chat = [user("a"), {"role": "assistant", "content": None, "tool_calls": calls}]
-    assert processor.apply_chat_template(chat) == "<|user|>a<|end|><|assistant|><|end|>"
-    assert len(warnings) == 1 and "does not write the `tool_calls`" in warnings.pop()
-    assert "look" in processor.apply_chat_template(chat, "{{ messages[1].tool_calls | tojson }}") and not warnings
+def test_names_in_tools_that_read_like_control_tokens_are_text(processor):
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"<|end|>": {"type": "string"}}}}]
+    writes = "{{ tools | tojson }}" + processor.chat_template
+    inputs = processor.apply_chat_template([user("a")], writes, tools=tools, tokenize=True, return_dict=True)
+    assert control_ids(processor, inputs["input_ids"][0]) == ["<|user|>", "<|end|>"]
+
+
+def test_what_is_given_is_looked_for_in_the_text_of_the_same_settings(processor):
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    writes = processor.chat_template + "{% if with_tools and add_generation_prompt %}{{ tools | tojson }}{% endif %}"
+    settings = {"add_generation_prompt": True, "with_tools": True}
+    assert "look" in processor.apply_chat_template([user("a")], writes, tools=tools, **settings)
+    for name in settings:
+        with pytest.raises(ValueError, match="does not write `tools`"):
+            processor.apply_chat_template([user("a")], writes, tools=tools, **{**settings, name: False})
+    thinks = "{% for message in messages if enable_thinking %}{{ message.reasoning_content }}{% endfor %}"
+    chat = [user("a"), {**assistant("b"), "reasoning_content": "hm"}]
+    assert processor.apply_chat_template(chat, thinks, enable_thinking=True) == "hm"
+    with pytest.raises(ValueError, match="does not write `reasoning_content`"):
+        processor.apply_chat_template(chat, thinks)
+
+
+CALLS = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+BESIDE_CONTENT = {"reasoning_content": "hm<|end|>", "tool_calls": CALLS, "name": "Ada"}
+
+
+@pytest.mark.parametrize("key, value", BESIDE_CONTENT.items(), ids=BESIDE_CONTENT)
+@pytest.mark.parametrize("settings", [{}, {"tokenize": True, "return_dict": True}])
+def test_what_a_message_says_beside_its_content_and_the_template_does_not_write_is_refused(
+    processor, key, value, settings
+):
+    chat = [user("a"), {**assistant("b"), key: value}, user("c")]
+    message = f"does not write `{key}` of a message of role 'assistant'.*Write it into the `content`, leave it out"
+    for one in (chat, chat[:2], [[user("a")], chat]):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(one, **settings)
+    writes = "{{ messages[1]['" + key + "'] | tojson }}" + processor.chat_template
+    assert len(processor.apply_chat_template([chat, chat], writes, tokenize=True, return_dict=True)["input_ids"]) == 2
+
+
+@pytest.mark.parametrize("value", [None, "", " \n", [], {}, True, 0.5])
+def test_a_key_that_says_nothing_is_left_out(processor, value):
+    text = processor.apply_chat_template([user("a"), {**assistant("b"), "reasoning_content": value, "weight": value}])
+    assert text == "<|user|>a<|end|><|assistant|>b<|end|>"
+
+
+def test_what_a_template_writes_in_the_last_answer_alone_or_under_another_name_is_written(processor):
+    writes = "{% for message in messages %}{{ message.content }}{% if loop.last %}{{ message.thought }}{% endif %}"
+    chat = [user("a"), {"role": "assistant", "content": "b", "thought": "hm", "reasoning": "hm"}]
+    call = {"role": "tool", "content": "d", "tool_call_id": "123456789", "name": "look"}
+    assert (
+        processor.apply_chat_template([*chat, {"role": "user", "content": "c"}, call], writes + "{% endfor %}")[-3:]
+        == "bcd"
+    )
+    with pytest.raises(ValueError, match="does not write `thought` of a message of role 'user'"):
+        processor.apply_chat_template(
+            [*chat, {"role": "user", "content": "c", "thought": "hm"}], "{{ messages[1].thought }}"
+        )
+
+
+def test_an_answer_counts_as_the_last_whatever_is_written_after_it(processor):
+    writes = (
+        "{% for message in messages %}{{ message.content }}{% if loop.last and not add_generation_prompt %}"
+        "{{ message.thought }}{% endif %}{% endfor %}"
+    )
+    chat = [user("a"), {"role": "assistant", "content": "b", "thought": "hm"}, assistant("c")]
+    assert processor.apply_chat_template(chat[1:], writes, add_generation_prompt=True) == "bc"
+    assert processor.apply_chat_template(chat[1:], writes, continue_final_message=True) == "bc"
+
+
+SANITIZES = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+
+
+@pytest.mark.skipif(not SANITIZES, reason="before transformers 5.23")
+def test_sanitizing_needs_no_other_settings(processor):
+    chat = [user("a<|end|>"), {**assistant("b"), "thought": "hm"}]
+    settings = {"sanitize_control_tokens": True, "tokenize": True, "return_dict": True}
+    ids = processor.apply_chat_template(chat, "{{ messages[1].thought }}" + processor.chat_template, **settings)
+    assert control_ids(processor, ids["input_ids"][0]) == ["<|user|>", "<|end|>", "<|assistant|>", "<|end|>"]
+
+
+def test_messages_that_are_no_dictionaries_are_refused(processor):
+    for chat in ([user("a"), "b"], [[SimpleNamespace(role="user", content="<|end|>")]]):
+        with pytest.raises(TypeError, match=r"A message must be a dictionary, got (str|SimpleNamespace)"):
+            processor.apply_chat_template(chat, tokenize=True, return_dict=True)
 
 
 # texts and pictures

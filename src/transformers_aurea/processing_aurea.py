@@ -11,27 +11,24 @@ import os
 import re
 import threading
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
-from tokenizers import normalizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput, is_pil_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
-from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig
 from .image_processing_aurea import AureaImageProcessor
 from .parts_aurea import IMAGE_TOKEN, Part, image_token, load_tokenizer, parts_config, view_settings
 
 
-logger = logging.get_logger(__name__)
-
 # Stands inside a word that is no control token although it reads like one, and is dropped as the text is tokenized.
-MARK = "\uf8f0"  # of the private use area
+MARK = "\uf8f0"  # of the private use area, which normalizers leave alone
 # The same for a tokenizer that cannot drop it: invisible, and kept.
 KEPT_MARK = "\u2060"  # word joiner
 TOKENIZER_LOCK = threading.RLock()  # while one of them drops marks
@@ -170,7 +167,8 @@ class AureaProcessor(ProcessorMixin):
     Args:
         image_processor (`AureaImageProcessor`): turns pictures into `pixel_values`.
         tokenizer (`PreTrainedTokenizerBase`): its vocabulary must contain the image token, `tokenizer.image_token`
-            where it has one, else `<|image|>`.
+            where it has one, else `<|image|>`. Control tokens that it looks for after normalization it then looks for
+            before: what normalization makes of other words is none.
         chat_template (`str`, *optional*): a Jinja template; the published one by default. The default system message
             is part of it: it is written if the conversation contains a picture and no system message of its own.
 
@@ -189,6 +187,9 @@ class AureaProcessor(ProcessorMixin):
                 f'`tokenizer.add_special_tokens({{"extra_special_tokens": ["{self.image_token}"]}})` and resize the '
                 f"model's embeddings to fit"
             )
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            late = [token for token in _special_tokens(tokenizer, self.image_token) if token.normalized]
+            tokenizer.add_tokens([AddedToken(**{**token.__getstate__(), "normalized": False}) for token in late])
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         # Saving sets it, loading drops it; a processor saved and loaded is to be the one that it was.
         self.auto_map = {"AutoProcessor": "processing_aurea.AureaProcessor"}
@@ -266,8 +267,11 @@ class AureaProcessor(ProcessorMixin):
         texts = text if isinstance(text, (list, tuple)) else [text]
         if not any(isinstance(one, str) and MARK in one for one in texts):
             return super().__call__(images=images, text=text, **kwargs)
-        with _dropping_marks(self.tokenizer):
+        with _dropping_marks(self.tokenizer, self._control_words().spelled):
             return super().__call__(images=images, text=text, **kwargs)
+
+    def _control_words(self, placeholders: bool = True) -> "_ControlWords":
+        return _control_words(self.tokenizer, len(self.tokenizer), self.image_token, placeholders)
 
     def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
         r"""As for any processor, but what a conversation says is text: a control token of the tokenizer (`<|image|>`,
@@ -279,8 +283,9 @@ class AureaProcessor(ProcessorMixin):
         lists of parts, may hold placeholders, for pictures that are given with the text.
 
         Raises:
-            ValueError: `tools` or `documents` are given, and the chat template does not write them; or a message has
-                pictures beside its content.
+            ValueError: the chat template does not write `tools`, `documents`, or what a message says under another
+                key than `content`, as `reasoning_content`; or a message has pictures beside its content.
+            TypeError: a message is no dictionary.
         """
         for message in _messages(conversation):
             if beside := [name for name in ("image", "images") if message.get(name)]:
@@ -288,43 +293,44 @@ class AureaProcessor(ProcessorMixin):
                     f"A message has `{beside[0]}` beside its `content`, where no picture is looked for. Put each into "
                     'the content: [{"type": "image", "image": ...}, {"type": "text", "text": ...}].'
                 )
-        control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
+        words = self._control_words()
         conversation = self.mark_words(conversation, keep_placeholders=not kwargs.get("tokenize"))
-        tools, documents = _mark(tools, control_tokens), _mark(documents, control_tokens)
-        self._check_all_is_written(conversation, chat_template, tools, documents)
+        tools, documents = _mark(tools, words), _mark(documents, words)
+        self._check_all_is_written(
+            conversation, chat_template=chat_template, tools=tools, documents=documents, **kwargs
+        )
         return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
 
     def mark_words(self, conversation, keep_placeholders: bool = False):
         """A conversation, or a list of them, with a mark in every word that reads like a control token; see
         `apply_chat_template`, which does it. `keep_placeholders`: except image tokens, in conversations whose contents
         are all strings."""
-        if isinstance(conversation, (list, tuple)) and not all(isinstance(one, Mapping) for one in conversation):
+        if _is_batched(conversation):
             return [self.mark_words(one, keep_placeholders) for one in conversation]
-        control_tokens = _control_tokens(self.tokenizer, len(self.tokenizer), self.image_token)
-        contents = [message.get("content") for message in _messages(conversation)]
-        if keep_placeholders and not any(isinstance(content, (list, tuple)) for content in contents):
-            control_tokens = {token: mark for token, mark in control_tokens.items() if token != self.image_token}
-        return _map_messages(lambda message: _mark(message, control_tokens), conversation)
+        has_parts = any(isinstance(message.get("content"), (list, tuple)) for message in _messages(conversation))
+        words = self._control_words(placeholders=has_parts or not keep_placeholders)
+        return [_mark(message, words) for message in _messages(conversation)]
 
-    def _check_all_is_written(self, conversation, chat_template: str | None, tools, documents) -> None:
-        render = super().apply_chat_template
-        for name, value in {"tools": tools, "documents": documents}.items():
-            if not value:
-                continue
-            written, without = (render(conversation, chat_template, **{name: given}) for given in (value, []))
-            if written == without:
+    def _check_all_is_written(self, conversation, sanitize_control_tokens=False, **kwargs) -> None:
+        def render(conversation, **changes) -> str | list[str]:
+            settings = {**kwargs, "tokenize": False, **changes}  # without sanitizing, which needs token ids
+            return super(AureaProcessor, self).apply_chat_template(conversation, **settings)
+
+        for name in ("tools", "documents"):
+            if kwargs[name] and render(conversation) == render(conversation, **{name: []}):
                 raise ValueError(
                     f"The chat template does not write `{name}`, so the model would not see them. Describe them in a "
                     "system message, or give a `chat_template` that writes them."
                 )
-        if any(message.get("tool_calls") for message in _messages(conversation)):
-            without = _map_messages(lambda message: {**message, "tool_calls": []}, conversation)
-            if render(conversation, chat_template) != render(without, chat_template):
-                return
-            logger.warning_once(
-                "The chat template does not write the `tool_calls` of messages, so the model does not see them. Write "
-                "them into the `content`, or give a `chat_template` that writes them."
-            )
+        last = {"add_generation_prompt": False, "continue_final_message": False}
+        for (role, key), (number, messages, changed) in _beside_contents(conversation).items():
+            # Templates may leave out what was thought before the last question: it counts as if nothing followed.
+            end = number + 1
+            if render(messages) == render(changed) and render(messages[:end], **last) == render(changed[:end], **last):
+                raise ValueError(
+                    f"The chat template does not write `{key}` of a message of role {role!r}, so the model would not "
+                    f"see it. Write it into the `content`, leave it out, or give a `chat_template` that writes it."
+                )
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         if text is not None:
@@ -397,49 +403,75 @@ class AureaProcessor(ProcessorMixin):
         return ["token_type_ids"]
 
 
-@lru_cache(maxsize=2)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, size: int, image_token: str) -> dict[str, str]:
-    """The special tokens, long ones first, each with the mark that makes a word of it. `size` tells whether there are
-    new ones: some tokenizers have thousands, which takes a while to list."""
-    tokens = [
-        token
-        for token in tokenizer.added_tokens_decoder.values()
-        if (token.special or token.content == image_token) and len(token.content) > 1
-    ]
-    # What is looked for after normalization would be found again where the mark was dropped; it comes first.
-    tokens.sort(key=lambda token: (token.normalized, len(token.content)), reverse=True)
-    can_drop = isinstance(tokenizer, PreTrainedTokenizerFast)
-    return {token.content: MARK if can_drop and not token.normalized else KEPT_MARK for token in tokens}
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str) -> list[AddedToken]:
+    """The control tokens that can be marked, which a single character cannot."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [token for token in tokens if (token.special or token.content == image_token) and len(token.content) > 1]
 
 
-def _mark(value, control_tokens: dict[str, str]):
-    """The same message, or what stands in it, with a mark in every word that reads like one of these tokens."""
+class _ControlWords:
+    """Marks words that a tokenizer would read as one of these control tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: list[str]):
+        self.pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        self.mark, self.spelled, self.normalizer = KEPT_MARK, False, None
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            self.mark = MARK
+            ids = set(tokenizer.convert_tokens_to_ids(tokens))
+            with _dropping_marks(tokenizer):
+                words = tokenizer(["", *map(self.marked, tokens)], add_special_tokens=False)["input_ids"]
+            # A Unigram model, unlike byte-level BPE, has them among its pieces, and makes them of characters too.
+            self.spelled = any(not ids.isdisjoint(word) for word in words)
+            self.normalizer = tokenizer.backend_tokenizer.normalizer if self.spelled else None
+
+    def marked(self, text: str) -> str:
+        if self.normalizer is not None and self.pattern.search(normalized := self.normalizer.normalize_str(text)):
+            text = normalized
+        position = 0
+        while found := self.pattern.search(text, position):
+            position = found.start() + 1
+            text = text[:position] + self.mark + text[position:]
+        return text
+
+
+@lru_cache(maxsize=4)
+def _control_words(tokenizer: PreTrainedTokenizerBase, size: int, image_token: str, placeholders: bool):
+    """`size` tells whether there are new tokens: some tokenizers have thousands, which takes a while to list.
+    `placeholders`: whether the image token is one of them."""
+    tokens = [token.content for token in _special_tokens(tokenizer, image_token)]
+    return _ControlWords(tokenizer, [token for token in tokens if placeholders or token != image_token])
+
+
+def _mark(value, words: _ControlWords):
+    """The same message, or what stands in it, with a mark in every word that reads like a control token."""
     if isinstance(value, str):
-        value = value.replace(MARK, "")
-        while found := next((token for token in control_tokens if token in value), None):
-            value = value.replace(found, found[0] + control_tokens[found] + found[1:])
-        return value
+        return words.marked(value.replace(MARK, ""))
     if isinstance(value, Mapping):
         if value.get("type") in ("image", "image_url"):
             return value
-        return {name: _mark(inner, control_tokens) for name, inner in value.items()}
+        return {_mark(name, words): _mark(inner, words) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return _part_texts([_mark(inner, control_tokens) for inner in value], control_tokens)
+        return _part_texts([_mark(inner, words) for inner in value], words)
     return value
 
 
-def _part_texts(parts: list, control_tokens: dict[str, str]) -> list:
+def _part_texts(parts: list, words: _ControlWords) -> list:
     """Parts of which one begins a token and the next ends it are parted by a mark."""
     text = ""
     for number, part in enumerate(parts):
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             text = ""
             continue
-        text += part["text"]
-        if found := next((token for token in control_tokens if token in text), None):
-            parts[number] = {**part, "text": control_tokens[found] + part["text"]}
-            text = part["text"]
+        joined = text + part["text"]
+        if text and words.marked(joined) != joined:
+            parts[number] = {**part, "text": words.mark + part["text"]}
+            joined = part["text"]
+        text = joined
     return parts
+
+
+def _is_batched(conversation) -> bool:
+    return isinstance(conversation, (list, tuple)) and not all(isinstance(one, Mapping) for one in conversation)
 
 
 def _messages(conversation) -> Iterator[Mapping]:
@@ -449,28 +481,52 @@ def _messages(conversation) -> Iterator[Mapping]:
     elif isinstance(conversation, (list, tuple)):
         for one in conversation:
             yield from _messages(one)
+    else:
+        raise TypeError(f"A message must be a dictionary, got {type(conversation).__name__}: {conversation!r:.100}")
 
 
-def _map_messages(change: Callable[[Mapping], dict], conversation):
-    """Changes each message of one conversation or of many."""
-    if isinstance(conversation, Mapping):
-        return change(conversation)
-    if isinstance(conversation, (list, tuple)):
-        return [_map_messages(change, one) for one in conversation]
-    return conversation
+def _beside_contents(conversation) -> dict[tuple[str, str], tuple[int, list, list]]:
+    """For each role and key under which a message says something beside its content: the last such message's number,
+    its conversation, and that with other words under the key. A `tool` message says there which call it answers."""
+    found = {}
+    for messages in conversation if _is_batched(conversation) else [conversation]:
+        for number, message in enumerate(messages):
+            beside = {key: value for key, value in message.items() if key not in ("role", "content")}
+            for key, value in beside.items() if message.get("role") != "tool" else ():
+                if (other := _blank(value)) != value:
+                    # The same words under two keys (`reasoning`, `reasoning_content`) are written once.
+                    blank = {name: other for name, same in beside.items() if same == value}
+                    changed = [*messages[:number], {**message, **blank}, *messages[number + 1 :]]
+                    found[message.get("role"), key] = number, messages, changed
+    return found
+
+
+def _blank(value):
+    """The same value with marks in the place of its words."""
+    if isinstance(value, str):
+        return re.sub(r"\S", MARK, value)
+    if isinstance(value, Mapping):
+        return {name: _blank(inner) for name, inner in value.items()}
+    return [_blank(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextmanager
-def _dropping_marks(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
-    """Meanwhile texts lose their marks, after control tokens have been looked for."""
+def _dropping_marks(tokenizer: PreTrainedTokenizerFast, spelled: bool = False) -> Iterator[None]:
+    """Meanwhile texts lose their marks, after control tokens have been looked for; `spelled`: after the text has been
+    split into pieces, which the marks split further."""
     backend = tokenizer.backend_tokenizer
     with TOKENIZER_LOCK:
-        normalizer, drop = backend.normalizer, normalizers.Replace(MARK, "")
-        backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
+        normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        if spelled:
+            drop = pre_tokenizers.Split(MARK, "removed")
+            backend.pre_tokenizer = pre_tokenizers.Sequence([*filter(None, [pre_tokenizer]), drop])
+        else:
+            drop = normalizers.Replace(MARK, "")
+            backend.normalizer = normalizers.Sequence([drop, *filter(None, [normalizer])])
         try:
             yield
         finally:
-            backend.normalizer = normalizer
+            backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
 
 
 def _is_row(entry) -> bool:

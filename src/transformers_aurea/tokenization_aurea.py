@@ -43,7 +43,7 @@ def build_tokenizer(folder: str | Path) -> GPT2Tokenizer:
         logger.warning(
             f"{IMAGE_TOKEN} is no token of {folder}. It gets the id {free_id}, with which nothing was trained"
         )
-        added_tokens[free_id] = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
+        added_tokens[free_id] = AddedToken(IMAGE_TOKEN, special=True)
     for token_id, token in added_tokens.items():
         if vocab.setdefault(str(token), token_id) != token_id:  # in the vocabulary a token keeps its id, gaps or not
             raise ValueError(f"The token {token} of {folder} has two ids: {vocab[str(token)]} and {token_id}")
@@ -71,7 +71,7 @@ def _read_added_tokens(folder: Path, config: dict) -> dict[int, AddedToken]:
         settings = {name: value for name, value in settings.items() if name != "__type"}
         tokens[int(token_id)] = AddedToken(**settings)
     for text, token_id in _read_json(folder / "added_tokens.json").items():
-        if tokens.setdefault(token_id, AddedToken(text, normalized=False, special=True)).content != text:
+        if tokens.setdefault(token_id, AddedToken(text, special=True)).content != text:
             raise ValueError(f"The id {token_id} of {folder} has two tokens: {tokens[token_id]} and {text}")
     return dict(sorted(tokens.items()))
 
