@@ -198,6 +198,14 @@ class AureaConfig(PreTrainedConfig):
             The language model, any decoder of transformers. Whether it can read pictures is seen when it is built.
         feature_fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
             How the two feature maps become one.
+        connector_type (`str`, *optional*, defaults to `"cross_attention"`):
+            How visual tokens reach the decoder: `"cross_attention"`, through blocks woven into its layers, beside one
+            placeholder per picture; `"prefix"`, in the place of the placeholders, one for each visual token; or
+            `"both"`. See `docs/fusions.md`.
+        prefix_mask (`str`, *optional*, defaults to `"causal"`):
+            What visual tokens in the text see: `"causal"`, what stands before them; `"pictures"`, all of their own
+            picture too; `"prompt"`, the whole prompt sees itself: in training what stands before the first label, in
+            generation all that is given at first.
         vision_image_size (`int` or `list[int]`, *optional*, defaults to `vision_config.image_size`):
             Side, or height and width, in pixels of view 0.
         spatial_vision_image_size (`int` or `list[int]`, *optional*):
@@ -265,6 +273,8 @@ class AureaConfig(PreTrainedConfig):
     spatial_vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     feature_fusion_config: dict | PreTrainedConfig | None = None
+    connector_type: Literal["cross_attention", "prefix", "both"] = "cross_attention"
+    prefix_mask: Literal["causal", "pictures", "prompt"] = "causal"
     vision_image_size: int | list[int] | tuple[int, int] | None = None
     spatial_vision_image_size: int | list[int] | tuple[int, int] | None = None
     cross_attention_layers: list[int] | None = None
@@ -446,6 +456,7 @@ class AureaConfig(PreTrainedConfig):
         self._validate_encoders()
         self._validate_heads()
         self._validate_views()
+        self._validate_connector()
         self._validate_cross_attention_layers()
         self._validate_auxiliary_losses()
 
@@ -487,6 +498,13 @@ class AureaConfig(PreTrainedConfig):
             if any(side < step or side % step for side, step in zip(view, stride)):
                 raise ValueError(f"The view of `{name}` is {view} pixels, not a multiple of its patches of {stride}.")
         self.fusion_class.validate_config(self)
+
+    def _validate_connector(self):
+        if self.prefix_mask != "causal" and self.connector_type == "cross_attention":
+            raise ValueError(
+                f"`prefix_mask` is {self.prefix_mask!r}, but with `connector_type={self.connector_type!r}` no visual "
+                'tokens stand in the text. Leave it out, or choose the connector "prefix" or "both".'
+            )
 
     def _validate_cross_attention_layers(self):
         positions, num_layers = self.cross_attention_positions, self.text_config.num_hidden_layers

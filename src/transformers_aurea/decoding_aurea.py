@@ -11,6 +11,9 @@ from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states
 from .visual_context_aurea import count_images, group_by_row, has_text_that_should_have_seen, images_in_cache
 
 
+VISUAL_INPUTS = ("cross_attention_states", "image_embeds", "num_images")
+
+
 class AureaGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
@@ -19,8 +22,10 @@ class AureaGenerationMixin(GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        prompt_length: int | None = None,
         **kwargs,
     ):
         cache = one_cache(cache, past_key_values)
@@ -35,16 +40,31 @@ class AureaGenerationMixin(GenerationMixin):
         # Until the cache holds the visual keys, not until the first iteration is over: to an assistant no iteration is
         # the first, and it would draft blind.
         is_cached = holds_visual_states(model_inputs.get(CACHE_NAME))
+        if image_embeds is not None:  # in every step: a prompt may be read in parts
+            model_inputs |= {"image_embeds": image_embeds, "num_images": num_images}
         if cross_attention_states is not None and not is_cached:
             model_inputs |= {"cross_attention_states": cross_attention_states, "num_images": num_images}
-        elif cross_attention_states is None and pixel_values is not None and not is_cached:
+        if cross_attention_states is None and image_embeds is None and pixel_values is not None and not is_cached:
             model_inputs["pixel_values"] = pixel_values
+        ids, embeds = (model_inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+        text = embeds if ids is None else ids
+        if self.config.prefix_mask != "causal" and text.shape[1] > 1:
+            model_inputs["attention_mask"] = kwargs.get("attention_mask")  # of which `forward` makes the prefix's
+        if self.config.prefix_mask == "prompt":
+            given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1] + input_ids.shape[1]
+            places = torch.arange(given - text.shape[1], given, device=text.device).expand(text.shape[:2])
+            model_inputs["prompt_blocks"] = torch.where(places < prompt_length, 0, -1)
         return model_inputs
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self.causal_lm._supports_default_dynamic_cache()
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if generation_config.prefill_chunk_size is not None and self.config.prefix_mask != "causal":
+            raise ValueError(
+                f"`prefill_chunk_size` is {generation_config.prefill_chunk_size}, but with `prefix_mask="
+                f"{self.config.prefix_mask!r}` words see what comes later. Leave it out."
+            )
         if generation_config.prefill_chunk_size is not None:  # the pictures are encoded already
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "pixel_values"}
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -58,16 +78,19 @@ class AureaGenerationMixin(GenerationMixin):
     ):
         # Before rows are repeated for beams: pictures are encoded once, and from here on belong to rows.
         kwargs = self._encode_images_for_generation(input_ids, kwargs)
+        if self.config.prefix_mask == "prompt":
+            text = kwargs.get("inputs_embeds")
+            kwargs["prompt_length"] = (input_ids if text is None else text).shape[1]
         if expand_size > 1:
             kwargs.pop("pixel_values", None)
         # Not repeated: the beams of a row see the same pictures.
-        visual_inputs = {name: kwargs.pop(name) for name in ("cross_attention_states", "num_images") if name in kwargs}
+        visual_inputs = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, kwargs | visual_inputs
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         if assistant_model is not None:  # one that drafts from the text alone takes none of these
-            names = {"pixel_values", "cross_attention_states", "num_images", "mm_token_type_ids"}
+            names = {"pixel_values", "mm_token_type_ids", "prompt_length", *VISUAL_INPUTS}
             names -= set(signature(assistant_model.forward).parameters)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in names}
         return super()._get_candidate_generator(
@@ -75,15 +98,17 @@ class AureaGenerationMixin(GenerationMixin):
         )
 
     def _encode_images_for_generation(self, input_ids: torch.LongTensor | None, model_kwargs: dict) -> dict:
-        """Replace `pixel_values` by `cross_attention_states` and `num_images`, and have them replace cached ones."""
-        pixel_values, states = model_kwargs.get("pixel_values"), model_kwargs.get("cross_attention_states")
+        """Replace `pixel_values` by VISUAL_INPUTS, and have them replace cached ones."""
+        pixel_values, connector = model_kwargs.get("pixel_values"), self.model.connector
+        states = model_kwargs.get("cross_attention_states")
+        states = model_kwargs.get("image_embeds") if states is None else states
         cache = model_kwargs.get(CACHE_NAME)
         has_cached_states = holds_visual_states(cache)
         if pixel_values is not None and pixel_values.shape[0] > 0:
             # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
             # in the first round; after that its cache knows.
-            if states is not None and has_cached_states:
-                return model_kwargs
+            if states is not None and (has_cached_states or images_in_cache(cache) is not None):
+                return model_kwargs | {"image_embeds": None}
             inputs_embeds = model_kwargs.get("inputs_embeds")
             image_tokens = self.model.get_placeholder_mask(
                 input_ids if inputs_embeds is None else None, inputs_embeds, model_kwargs.get("mm_token_type_ids")
@@ -92,12 +117,12 @@ class AureaGenerationMixin(GenerationMixin):
             position_ids = model_kwargs.get("position_ids")
             is_continued = position_ids is not None and position_ids.shape[-1] > image_tokens.shape[1]
             seen = images_in_cache(cache) if is_continued else None
-            counts = count_images(image_tokens, pixel_values.shape[0], seen)
-            if not is_continued and has_text_that_should_have_seen(cache, counts):
+            counts = count_images(image_tokens, pixel_values.shape[0], seen, connector.placeholders_per_image)
+            if connector.weaves and not is_continued and has_text_that_should_have_seen(cache, counts):
                 cache.reset()  # the whole text was given, and is read again
             image_features = self.get_image_features(pixel_values).pooler_output
             states, num_images = group_by_row(image_features, counts)
-            model_kwargs |= {"cross_attention_states": states, "num_images": num_images}
+            model_kwargs |= connector.inputs(states, num_images)
         if states is not None and has_cached_states:
             cache.forget_visual_states()
         return model_kwargs

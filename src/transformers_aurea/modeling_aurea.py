@@ -17,18 +17,18 @@ language model's own logits, bit for bit, for what it does besides its decoder i
 """
 
 import copy
-import os
 from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .auxiliary_losses_aurea import check_are_trained, fusion_losses, share_of_loss
 from .configuration_aurea import AureaConfig, optional_field
+from .connectors_aurea import AureaConnector
 from .cross_attention_aurea import AureaCrossAttentionBlock, cross_attention_tp_plan, weave_cross_attention
 from .decoding_aurea import AureaGenerationMixin
 from .language_model_aurea import (
@@ -40,12 +40,18 @@ from .language_model_aurea import (
     watched_layers,
 )
 from .modeling_outputs_aurea import AureaCausalLMOutputWithPast, AureaImageFeaturesOutput, AureaModelOutputWithPast
-from .parts_aurea import Part, model_from_parts
+from .parts_aurea import AureaFromPartsMixin
 from .pretrained_model_aurea import AureaPreTrainedModel, is_sharded
 from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 from .vision_encoder_aurea import batch_norms, in_evaluation_mode, make_encoder
 from .visual_cache_aurea import holds_visual_states
-from .visual_context_aurea import AureaVisualContext, count_images, has_text_that_should_have_seen, images_in_cache
+from .visual_context_aurea import (
+    AureaVisualContext,
+    count_images,
+    group_by_row,
+    has_text_that_should_have_seen,
+    images_in_cache,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -83,8 +89,10 @@ class AureaModel(AureaPreTrainedModel):
             `(batch_size, num_visual_tokens, hidden_size)`: visual tokens made ready before, row for row,
             instead of `pixel_values`; no placeholders are needed. Fewer rows, which divide the batch, are each
             seen by as many rows of the text that follow each other, as the beams of a search do.
+        image_embeds (`torch.FloatTensor`, *optional*):
+            Likewise, for the connectors that fill placeholders.
         num_images (`torch.LongTensor`, *optional*):
-            With `cross_attention_states`, whose rows it has: how many pictures stand at the front of each. Each
+            With these, whose rows it has: how many pictures stand at the front of each. Each
             token then sees the pictures whose placeholder is at or before it. Without it every token sees every
             visual token.
         mm_token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -92,6 +100,8 @@ class AureaModel(AureaPreTrainedModel):
             id `config.image_token_id` is one; a text may have it as a word, where it was generated.
         past_key_values or cache (`Cache`, *optional*):
             One argument under its two names. The pictures' keys are kept in it as well.
+        prompt_blocks (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            With `prefix_mask="prompt"`: tokens of one number, from 0 on, see each other; -1 is no prompt.
         return_decoder_output (`bool`, *optional*, defaults to `False`):
             Whether to give back the decoder's own output too, as its head wants it.
 
@@ -108,11 +118,14 @@ class AureaModel(AureaPreTrainedModel):
         self.fusion = config.fusion_class(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
-        weave_cross_attention(self.language_model, config)
-        self._carries_pictures = carries_cross_attention(self.language_model)
+        self.connector = AureaConnector(config, self.fusion.num_tokens)
+        if self.connector.weaves:
+            weave_cross_attention(self.language_model, config)
+        self._carries_pictures = not self.connector.weaves or carries_cross_attention(self.language_model)
         self.post_init()
-        plan = cross_attention_tp_plan(self.language_model)
-        self._tp_plan.update({f"language_model.{name}": style for name, style in plan.items()})
+        if self.connector.weaves:
+            plan = cross_attention_tp_plan(self.language_model)
+            self._tp_plan.update({f"language_model.{name}": style for name, style in plan.items()})
 
     def get_decoder(self) -> PreTrainedModel:
         return self.language_model
@@ -222,10 +235,12 @@ class AureaModel(AureaPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        prompt_blocks: torch.LongTensor | None = None,
         return_decoder_output: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaModelOutputWithPast:
@@ -234,30 +249,35 @@ class AureaModel(AureaPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
         image_tokens = self.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)  # (batch, T)
-        visual_states = {"cross_attention_states": cross_attention_states, "num_images": num_images}
         context, image_outputs, auxiliary_losses = self._look(
-            image_tokens, pixel_values, **visual_states, cache=cache, **kwargs
+            image_tokens, pixel_values, (cross_attention_states, image_embeds, num_images), cache, **kwargs
         )
         check_are_trained(auxiliary_losses, are_in_loss=return_decoder_output)
+        context.enter(cache)
+        words = self.connector.fill(context, input_ids, inputs_embeds, self.get_input_embeddings())
+        text_config = self.language_model.config
+        positions = {"cache": cache, "position_ids": position_ids}
+        attention_mask = self.connector.mask(
+            context, attention_mask, prompt_blocks, text_config, **positions, is_training=self.training
+        )
         use_cache = self._uses_cache(use_cache)
-        visual_inputs = context.layer_inputs(cache, use_cache, self.language_model.config, self.fusion.num_tokens)
+        visual_inputs = context.layer_inputs(cache, use_cache, text_config)
         cross_attentions = None
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
         with self._watched(visual_inputs):
             outputs = self.language_model(
-                input_ids=input_ids,
+                **words,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
                 **{CACHE_NAME: cache},
                 **visual_inputs,
                 **kwargs,
             )
         kept = outputs.get(CACHE_NAME)
-        if visual_inputs and kept is not None and kept is not cache:
-            context.move_to(kept, cache, visual_inputs["visual_cache"])
+        if (visual_inputs or context.is_shown) and kept is not None and kept is not cache:
+            context.move_to(kept, cache, visual_inputs.get("visual_cache"))
         return AureaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,  # (batch, T, C)
             **{CACHE_NAME: kept},
@@ -289,30 +309,33 @@ class AureaModel(AureaPreTrainedModel):
         self,
         image_tokens: torch.Tensor,
         pixel_values: torch.Tensor | None,
-        cross_attention_states: torch.Tensor | None,
-        num_images: torch.Tensor | None,
+        visual_inputs: tuple[torch.Tensor | None, ...],
         cache: Cache | None,
         **kwargs,
     ) -> tuple[AureaVisualContext, AureaImageFeaturesOutput | None, dict[str, torch.Tensor] | None]:
         """What the text is shown; what was made of pictures given as pixels, if any; and auxiliary losses."""
-        if pixel_values is not None and cross_attention_states is not None:
-            raise ValueError("Give the pictures as `pixel_values` or as `cross_attention_states`, not both.")
+        is_ready = any(tokens is not None for tokens in visual_inputs[:2])
+        if pixel_values is not None and is_ready:
+            raise ValueError(
+                "Give the pictures as `pixel_values` or as `cross_attention_states` and `image_embeds`, not both."
+            )
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            counts = count_images(image_tokens, pixel_values.shape[0], images_in_cache(cache))
-            if has_text_that_should_have_seen(cache, counts):
+            per_image = self.connector.placeholders_per_image
+            counts = count_images(image_tokens, pixel_values.shape[0], images_in_cache(cache), per_image)
+            if self.connector.weaves and has_text_that_should_have_seen(cache, counts):
                 logger.warning_once(
                     f"`{CACHE_NAME}` holds text that was read before its row's first picture. Without a cache it "
                     "would see that picture. Give the whole text again and an empty cache to have it so."
                 )
             wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
             outputs = self.get_image_features(pixel_values, **wanted)
-            context = AureaVisualContext.of_pictures(image_tokens, outputs.pooler_output, counts)
-            return context, outputs, outputs.auxiliary_losses
-        if cross_attention_states is None and cache is None and self._needs_image_branch():
+            visual_inputs = self.connector.inputs(*group_by_row(outputs.pooler_output, counts))
+            return self.connector.context(image_tokens, **visual_inputs), outputs, outputs.auxiliary_losses
+        if not is_ready and cache is None and self._needs_image_branch():
             return self._look_at_nothing(image_tokens)
-        if cross_attention_states is None and not holds_visual_states(cache):
+        if not is_ready and not holds_visual_states(cache):
             self._warn_of_placeholders_without_pictures(image_tokens, cache)
-        return AureaVisualContext(image_tokens, cross_attention_states, num_images), None, None
+        return self.connector.context(image_tokens, *visual_inputs), None, None
 
     def _look_at_nothing(self, image_tokens: torch.Tensor):
         """As `_look`, for a step of text alone.
@@ -326,8 +349,8 @@ class AureaModel(AureaPreTrainedModel):
         with in_evaluation_mode(batch_norms(*encoders)):
             outputs = self.get_image_features(picture)  # which is no example of what pictures look like
         no_images = image_tokens.new_zeros(1, dtype=torch.long)
-        context = AureaVisualContext(image_tokens, outputs.pooler_output, no_images)
-        return context, None, outputs.auxiliary_losses
+        visual_inputs = self.connector.inputs(outputs.pooler_output, no_images)
+        return self.connector.context(image_tokens, **visual_inputs), None, outputs.auxiliary_losses
 
     def _needs_image_branch(self) -> bool:
         """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
@@ -351,7 +374,7 @@ class AureaModel(AureaPreTrainedModel):
             )
 
 
-class AureaForConditionalGeneration(AureaPreTrainedModel, AureaGenerationMixin):
+class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, AureaGenerationMixin):
     """[`AureaModel`] with the language model's own head: from pictures and text to text."""
 
     output_modalities = ("text",)
@@ -391,55 +414,6 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, AureaGenerationMixin):
             give_causal_lm(causal_lm, causal_lm.decoder_name, self)
         return causal_lm
 
-    @classmethod
-    def from_pretrained_parts(
-        cls,
-        vision: Part | None,
-        spatial_vision: Part | None,
-        text: Part,
-        *,
-        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype | str | None = None,
-        **config_overrides,
-    ) -> "AureaForConditionalGeneration":
-        r"""
-        Two pretrained vision encoders and a pretrained language model as one Aurea, on the CPU, in evaluation mode.
-
-        The parts' weights are kept bit for bit, but for pooling layers and heads, which have no place; fusion,
-        projector and cross-attention blocks are new. What the blocks add starts at zero: until they are trained, the
-        logits are those of the language model alone, with or without pictures.
-        [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it. The model has no name before it
-        is saved and loaded, and TRL's DPO and GRPO look for their reference model by that.
-
-        Args:
-            vision (`str`, `os.PathLike` or `PreTrainedModel`):
-                The semantic encoder: a hub id, a folder, or a model, which is copied. Of a model with more than a
-                vision encoder (SigLIP, CLIP, a classifier) the encoder is taken.
-            spatial_vision (`str`, `os.PathLike` or `PreTrainedModel`):
-                The spatial encoder, likewise. One of the two may be None: the model then has a single encoder, and
-                the fusion `"none"`.
-            text (`str`, `os.PathLike` or `PreTrainedModel`):
-                A decoder language model, likewise. Its generation settings are kept.
-            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
-                By default the one where `text` comes from. It tells the id of the image token, its `image_token` or
-                else `<|image|>`; if it has none, that of the next free token. The embeddings grow only if that id
-                is beyond them, by rows that are the mean of the others.
-            dtype (`torch.dtype` or `str`, *optional*):
-                Of everything but the encoders, which are in float32. By default that of the language model.
-            config_overrides:
-                Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
-                refused. With `image_token_id` no tokenizer is needed.
-
-        Raises:
-            OSError: a part cannot be found.
-            TypeError: a part is none.
-            ValueError: a part does not fit its place or another part, lacks weights, or gives no features of patches;
-                an override is unknown; or there is no tokenizer.
-        """
-        return model_from_parts(
-            cls, vision, spatial_vision, text, tokenizer=tokenizer, dtype=dtype, **config_overrides
-        )
-
     def get_image_features(
         self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
     ) -> AureaImageFeaturesOutput:
@@ -457,16 +431,19 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, AureaGenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         cross_attention_states: torch.FloatTensor | None = None,
+        image_embeds: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        prompt_blocks: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaCausalLMOutputWithPast:
         """`labels` are token ids of `input_ids`' shape, -100 where nothing is to be predicted; logits are computed for
         the last `logits_to_keep` positions, or those given (0: for all). The others are as in [`AureaModel`]."""
+        connector = self.model.connector
         text_inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -479,8 +456,10 @@ class AureaForConditionalGeneration(AureaPreTrainedModel, AureaGenerationMixin):
             **{CACHE_NAME: one_cache(cache, past_key_values)},
             pixel_values=pixel_values,
             cross_attention_states=cross_attention_states,
+            image_embeds=image_embeds,
             num_images=num_images,
             mm_token_type_ids=mm_token_type_ids,
+            prompt_blocks=prompt_blocks if labels is None else connector.prompt_blocks(labels, position_ids),
             return_decoder_output=True,
             **kwargs,
         )

@@ -4,10 +4,10 @@
 A part is a hub id, a local folder, or a model of transformers that is loaded already; that one is not changed. Of a
 model with a vision tower among other things (SigLIP, CLIP, a classifier) the tower is taken.
 
-    configurations     `parts_config`       AureaConfig, which refuses what does not fit, before any weights are read
-    weights            `model_from_parts`   the same under the names they have in an Aurea
-    tokenizer          `load_tokenizer`     one that knows the image token
-    image processors   `view_settings`      how each encoder wants its view
+    configurations     `parts_config`           AureaConfig, which refuses what does not fit before weights are read
+    weights            `from_pretrained_parts`  the same under the names they have in an Aurea
+    tokenizer          `load_tokenizer`         one that knows the image token
+    image processors   `view_settings`          how each encoder wants its view
 """
 
 import copy
@@ -167,17 +167,68 @@ def load_language_model(part: Part) -> PreTrainedModel:
     return model
 
 
-def model_from_parts(
+class AureaFromPartsMixin:
+    """A model with a language modelling head, made of pretrained parts."""
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        vision: Part | None,
+        spatial_vision: Part | None,
+        text: Part,
+        *,
+        tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        **config_overrides,
+    ) -> PreTrainedModel:
+        r"""
+        Two pretrained vision encoders and a pretrained language model as one Aurea, on the CPU, in evaluation mode.
+
+        The parts' weights are kept bit for bit, but for pooling layers and heads, which have no place; fusion,
+        projector and cross-attention blocks are new. What the blocks add starts at zero: until they are trained, the
+        logits are those of the language model alone, with or without pictures.
+        [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it. The model has no name before it
+        is saved and loaded, and TRL's DPO and GRPO look for their reference model by that.
+
+        Args:
+            vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                The semantic encoder: a hub id, a folder, or a model, which is copied. Of a model with more than a
+                vision encoder (SigLIP, CLIP, a classifier) the encoder is taken.
+            spatial_vision (`str`, `os.PathLike` or `PreTrainedModel`):
+                The spatial encoder, likewise. One of the two may be None: the model then has a single encoder, and
+                the fusion `"none"`.
+            text (`str`, `os.PathLike` or `PreTrainedModel`):
+                A decoder language model, likewise. Its generation settings are kept.
+            tokenizer (`str`, `os.PathLike` or `PreTrainedTokenizerBase`, *optional*):
+                By default the one where `text` comes from. It tells the id of the image token, its `image_token` or
+                else `<|image|>`; if it has none, that of the next free token. The embeddings grow only if that id
+                is beyond them, by rows that are the mean of the others.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Of everything but the encoders, which are in float32. By default that of the language model.
+            config_overrides:
+                Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
+                refused. With `image_token_id` no tokenizer is needed.
+
+        Raises:
+            OSError: a part cannot be found.
+            TypeError: a part is none.
+            ValueError: a part does not fit its place or another part, lacks weights, or gives no features of patches;
+                an override is unknown; or there is no tokenizer.
+        """
+        parts = {"vision": vision, "spatial_vision": spatial_vision, "text": text}
+        return _model_from_parts(cls, **parts, tokenizer=tokenizer, dtype=dtype, **config_overrides)
+
+
+def _model_from_parts(
     model_class: type[PreTrainedModel],
-    vision: Part,
-    spatial_vision: Part,
+    vision: Part | None,
+    spatial_vision: Part | None,
     text: Part,
     *,
-    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | str | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None,
+    dtype: torch.dtype | str | None,
     **config_overrides,
 ) -> PreTrainedModel:
-    """See [`AureaForConditionalGeneration.from_pretrained_parts`], which `model_class` is."""
     config = parts_config(vision, spatial_vision, text, **config_overrides)
     if "image_token_id" not in config_overrides:
         tokenizer = load_tokenizer(text, tokenizer)
@@ -204,7 +255,10 @@ def model_from_parts(
         model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
     finally:
         logging.set_verbosity(verbosity)
-    for name, parameter in model.model.fusion.named_parameters():  # the loader keeps what is given, not what it makes
+    for (
+        name,
+        parameter,
+    ) in model.model.fusion.named_parameters():  # the loader keeps what is given, not what it makes
         if name.endswith(model.model.fusion.kept_in_fp32):
             parameter.data = parameter.data.float()
     model.name_or_path = model.config.name_or_path = ""  # it is saved nowhere; the loader says 'None'
@@ -382,13 +436,13 @@ def image_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 __all__ = [
     "IMAGE_TOKEN",
+    "AureaFromPartsMixin",
     "Part",
     "check_overrides",
     "image_token",
     "load_encoder",
     "load_language_model",
     "load_tokenizer",
-    "model_from_parts",
     "parts_config",
     "view_settings",
 ]

@@ -39,14 +39,18 @@ class AureaVisualStatesCacheMixin:
         self.visual = DynamicCache()  # without a config: with one, sliding windows would cut it
         self.num_images = None
 
-    def count_images(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Pictures at or before each token (batch, T), those of the cached text included, from its placeholders."""
+    def count_images(self, image_tokens: torch.Tensor, placeholders_per_image: int = 1) -> torch.Tensor:
+        """Placeholders at or before each token (batch, T), those of the cached text included.
+
+        One beyond those of the row's pictures was generated, and is a word from the next call on.
+        """
         counts = image_tokens.long().cumsum(dim=1)
         seen = self.images_seen
         if seen is not None:
             counts = counts + seen[:, None]
-        if self.num_images is not None:  # a placeholder that was generated is no picture
-            counts = torch.minimum(counts, self.num_images[:, None])
+        placeholders = counts
+        if self.num_images is not None:
+            counts = torch.minimum(counts, placeholders_per_image * self.num_images[:, None])
         if not self.is_compileable:
             past_length = self.get_seq_length()
             past = counts.new_zeros(len(counts), 0) if seen is None else self.image_counts[:, :past_length]
@@ -58,7 +62,7 @@ class AureaVisualStatesCacheMixin:
             self.image_counts = counts[:, -1:].clone()
         else:
             self.image_counts.copy_(counts[:, -1:])  # in place, as all of a static cache
-        return counts
+        return placeholders
 
     def reset(self):
         self.forget_text()

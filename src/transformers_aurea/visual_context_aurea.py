@@ -1,12 +1,14 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """What the text of a call sees of pictures: which visual tokens belong to which row, and which of them each word sees.
 
-    pictures (images, N, C), placeholders (batch, T)  ─ AureaVisualContext.of_pictures ─┐
-    visual states made ready before (rows, M·N, C)    ─ AureaVisualContext ─────────────┴─ .layer_inputs(cache)
-        → keywords that the decoder hands to its layers: states, mask, rows with a picture, the blocks' own cache
+    pictures (images, N, C), placeholders (batch, T) ─ `count_images`, `group_by_row` ─ (rows, M·N, C) ─┐
+        ┌───────────────────────────────────────────────────────────────────────────────────────────────┘
+    AureaVisualContext ─┬─ .layer_inputs   keywords that the decoder hands to its layers, for cross-attention blocks:
+                        │                  states, mask, rows with a picture, the blocks' own cache
+                        └─ .fill           embeddings of the text with visual tokens in the place of its placeholders
 
-A word sees the pictures whose placeholder is at or before it, and those before the first placeholder see the first
-picture. A row without pictures sees nothing.
+To a cross-attention block, a word sees the pictures whose placeholder is at or before it, and those before the first
+placeholder see the first picture. A row without pictures sees nothing.
 """
 
 import copy
@@ -20,73 +22,109 @@ from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states
 
 
 class AureaVisualContext:
-    """Visual states beside the text that sees them.
+    """Visual tokens beside the text that sees them.
 
     Args:
-        image_tokens: `(batch, tokens)`, True at each picture's placeholder.
-        states: `(rows, visual tokens, channels)`, right-padded; each row serves as many rows of the text that follow
-            each other. None if there are none, or in the cache.
-        num_images: `(rows,)`, how many pictures stand at the front of each row of `states`; None where every token
-            sees every state.
+        image_tokens: `(batch, tokens)`, True at each placeholder.
+        num_images: `(rows,)`, how many pictures stand at the front of each row; None where each row has one.
+        states: `(rows, visual tokens, channels)`, right-padded, for the cross-attention blocks; each row serves as
+            many rows of the text that follow each other. None if there are none, or in the cache.
+        image_embeds: as `states`, for the placeholders, each of which gets one; None where they stay words.
+        tokens_per_image: visual tokens of a picture.
+        placeholders_per_image: 1, or `tokens_per_image` where they are filled.
 
     Raises:
-        ValueError: the rows of the states do not divide those of the text, or `num_images` has not their number.
+        ValueError: the rows of the visual tokens do not divide those of the text, or `num_images` is for others.
     """
 
     def __init__(
-        self, image_tokens: torch.Tensor, states: torch.Tensor | None = None, num_images: torch.Tensor | None = None
+        self,
+        image_tokens: torch.Tensor,
+        num_images: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        tokens_per_image: int = 1,
+        placeholders_per_image: int = 1,
     ):
         self.image_tokens = image_tokens
         self.states = states
-        num_text_rows = image_tokens.shape[0]
-        self.num_images = None if states is None else repeat_for_text(num_images, states.shape[0], num_text_rows)
+        self.image_embeds = image_embeds
+        self.tokens_per_image = tokens_per_image
+        self.placeholders_per_image = placeholders_per_image
+        rows = image_embeds if states is None else states
+        self.num_images = None if rows is None else repeat_for_text(num_images, rows.shape[0], image_tokens.shape[0])
+        self.placeholders = None
 
-    @classmethod
-    def of_pictures(cls, image_tokens: torch.Tensor, image_features: torch.Tensor, counts: torch.Tensor):
-        """From features of single pictures (images, N, C), in the order of their placeholders; see `count_images`."""
-        return cls(image_tokens, *group_by_row(image_features, counts))
+    def enter(self, cache: Cache | None) -> None:
+        """Lets new pictures take the place of those in the cache, which counts the placeholders of its text."""
+        if cache is None:
+            self.placeholders = self.image_tokens.long().cumsum(dim=1)
+            return
+        if self.states is not None:
+            weave_cache(cache)
+            cache.forget_visual_states()
+        elif self.image_embeds is not None:
+            weave_cache(cache)
+        elif holds_visual_states(cache):
+            self.num_images = cache.num_images
+        if self.is_shown:
+            cache.num_images = self.num_images
+        if self.is_shown or self.num_images is not None:
+            self.placeholders = cache.count_images(self.image_tokens, self.placeholders_per_image)
 
     def layer_inputs(
-        self, cache: Cache | None, use_cache: bool, text_config: PreTrainedConfig, tokens_per_image: int
+        self, cache: Cache | None, use_cache: bool, text_config: PreTrainedConfig
     ) -> dict[str, torch.Tensor | DynamicCache | None]:
-        """The keywords that the decoder hands to its layers; none where there is no picture, new or cached.
-
-        New states take the place of those in the cache.
-        """
+        """The keywords that the decoder hands to its layers; none where blocks have no picture to see."""
         is_new = self.states is not None
         if not is_new and not holds_visual_states(cache):
             return {}
-        if not is_new:
-            self.num_images = cache.num_images
-        elif cache is not None:
-            weave_cache(cache)
-            cache.forget_visual_states()
-            cache.num_images = self.num_images
-        if cache is None:
-            visual_cache = DynamicCache() if use_cache else None  # until the decoder has made a cache
-            seen = self.image_tokens.long().cumsum(dim=1)
-        else:
-            visual_cache = cache.visual
-            seen = cache.count_images(self.image_tokens) if is_new or self.num_images is not None else None
+        own_cache = DynamicCache() if use_cache else None  # until the decoder has made a cache
+        visual_cache = own_cache if cache is None else cache.visual
         inputs = {"cross_attention_states": self.states, "visual_cache": visual_cache}
         if self.num_images is None:
             return inputs
         states = self.states if is_new else visual_cache.layers[0].keys[:, 0]  # (rows, N, …)
         # A row without a picture is given an empty one to look at, so that no softmax runs over nothing, and its
         # result is discarded.
+        seen = -(-self.placeholders // self.placeholders_per_image)  # a picture is seen from its first placeholder on
         seen = torch.minimum(seen, self.num_images[:, None]).clamp(min=1)
         seen = seen.reshape(states.shape[0], -1)  # as the blocks see the text
         return {
             **inputs,
-            "cross_attention_mask": cross_attention_mask(seen, states, text_config, tokens_per_image),
+            "cross_attention_mask": cross_attention_mask(seen, states, text_config, self.tokens_per_image),
             "rows_with_image": (self.num_images > 0)[:, None, None],
         }
 
-    def move_to(self, kept: Cache, given: Cache | None, visual: DynamicCache) -> None:
+    @property
+    def filled(self) -> torch.Tensor:
+        """(batch, T): the placeholders that a visual token fills; one that was generated stays a word."""
+        num_images = 1 if self.num_images is None else self.num_images[:, None]
+        return self.image_tokens & (self.placeholders <= num_images * self.placeholders_per_image)
+
+    def fill(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """The text's embeddings (batch, T, C) with visual tokens in the place of its placeholders."""
+        num_rows, num_tokens, _ = self.image_embeds.shape
+        batch_size = inputs_embeds.shape[0]
+        rows = torch.arange(batch_size, device=inputs_embeds.device)[:, None] // (batch_size // num_rows)
+        visual_tokens = self.image_embeds[rows, (self.placeholders - 1).clamp(0, num_tokens - 1)]  # (batch, T, C)
+        return torch.where(self.filled[..., None], visual_tokens.to(inputs_embeds), inputs_embeds)
+
+    @property
+    def picture_blocks(self) -> torch.Tensor:
+        """(batch, T): the number of the picture whose visual token fills a placeholder, -1 elsewhere."""
+        return torch.where(self.filled, (self.placeholders - 1) // self.placeholders_per_image, -1)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there are visual tokens beside those in the cache."""
+        return self.states is not None or self.image_embeds is not None
+
+    def move_to(self, kept: Cache, given: Cache | None, visual: DynamicCache | None) -> None:
         """Gives the cache that the decoder made, instead of the one given, the states that its layers have kept."""
-        counts = self.image_tokens.long().cumsum(dim=1) if given is None else given.image_counts
+        counts = self.placeholders if given is None else given.image_counts
         num_images = self.num_images if given is None else given.num_images
-        move_visual_states(visual, num_images, counts, kept)
+        move_visual_states(DynamicCache() if visual is None else visual, num_images, counts, kept)
 
 
 def images_in_cache(cache: Cache | None) -> torch.Tensor | None:
@@ -94,7 +132,12 @@ def images_in_cache(cache: Cache | None) -> torch.Tensor | None:
     return cache.images_seen if isinstance(cache, AureaVisualStatesCacheMixin) else None
 
 
-def count_images(image_tokens: torch.Tensor, num_images: int, images_seen: torch.Tensor | None = None) -> torch.Tensor:
+def count_images(
+    image_tokens: torch.Tensor,
+    num_images: int,
+    images_seen: torch.Tensor | None = None,
+    placeholders_per_image: int = 1,
+) -> torch.Tensor:
     """Pictures of each row (batch,), from its placeholders (batch, T) and those in the cached text before them.
 
     Raises:
@@ -103,16 +146,19 @@ def count_images(image_tokens: torch.Tensor, num_images: int, images_seen: torch
     counts = image_tokens.sum(dim=1)
     if images_seen is not None:
         counts = counts + images_seen.to(counts.device)
+    one = "one placeholder"
+    if placeholders_per_image > 1:
+        one = f"{placeholders_per_image} placeholders (the processor's `image_seq_length`)"
     torch_compilable_check(
-        counts.sum() == num_images,
+        (counts.sum() == num_images * placeholders_per_image) & (counts % placeholders_per_image == 0).all(),
         lambda: (
             f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
-            f"placeholders ({counts.tolist()} per row). Give one placeholder per picture, and the pictures in the "
-            "order of the rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
+            f"placeholders ({counts.tolist()} per row). Give {one} per picture, and the pictures in the order of the "
+            "rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
             "`mm_token_type_ids`, with a 1 at those of pictures."
         ),
     )
-    return counts
+    return counts // placeholders_per_image
 
 
 def has_text_that_should_have_seen(cache: Cache | None, counts: torch.Tensor) -> bool:
