@@ -434,6 +434,16 @@ class AureaConfig(PreTrainedConfig):
             return self.fusion_class(self).num_tokens
 
     @property
+    def fills_placeholders(self) -> bool:
+        """Whether visual tokens take the place of placeholders in the text."""
+        return self.connector_type in ("prefix", "both")
+
+    @property
+    def placeholders_per_image(self) -> int:
+        """Tokens of the id `image_token_id` for one picture in the text: the processor's `image_seq_length`."""
+        return self.tokens_per_image if self.fills_placeholders else 1
+
+    @property
     def cross_attention_positions(self) -> list[int]:
         """`cross_attention_layers`, or the published rule: before layers 0, 2, 4, … and after the last."""
         num_layers = self.text_config.num_hidden_layers

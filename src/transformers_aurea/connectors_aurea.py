@@ -1,9 +1,11 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Connectors: how the visual tokens of pictures reach the decoder.
 
-cross_attention   blocks woven into the decoder's layers read them; the text holds one placeholder per picture
-prefix            they take the place of the placeholders, of which the text holds one for each
-both              the two at once
+    cross_attention   blocks woven into the decoder's layers read them; the text holds one placeholder per picture
+    prefix            they take the place of the placeholders, of which the text holds one for each
+    both              the two at once
+
+The encoder of the text's pictures, the fusion and the projector are the same for all of them.
 """
 
 from collections.abc import Callable
@@ -22,16 +24,15 @@ class AureaConnector:
 
     Args:
         config: the model's.
-        tokens_per_image: the fusion's `num_tokens`.
     """
 
-    def __init__(self, config: AureaConfig, tokens_per_image: int):
+    def __init__(self, config: AureaConfig):
         self.type = config.connector_type
         self.prefix_mask = config.prefix_mask
         self.weaves = config.connector_type in ("cross_attention", "both")
-        self.fills = config.connector_type in ("prefix", "both")
-        self.tokens_per_image = tokens_per_image
-        self.placeholders_per_image = tokens_per_image if self.fills else 1
+        self.fills = config.fills_placeholders
+        self.tokens_per_image = config.tokens_per_image
+        self.placeholders_per_image = config.placeholders_per_image
 
     def inputs(self, visual_tokens: torch.Tensor, num_images: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
         """Visual tokens (rows, M·N, C) and pictures per row as arguments of the model."""

@@ -125,9 +125,11 @@ def with_lengths(dataset: "datasets.Dataset", processor: AureaProcessor) -> "dat
     `"batch_rebalance"`."""
     lengths = []
     for row in dataset.select_columns("messages"):
-        texts = [part["text"] or "" for message in row["messages"] for part in message["content"]]
+        parts = [part for message in row["messages"] for part in message["content"]]
+        texts = [part["text"] or "" for part in parts]
         tokens = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        lengths.append(sum(max(len(ids), 1) for ids in tokens))  # a picture is one
+        num_images = sum(part["type"] == "image" for part in parts)
+        lengths.append(sum(map(len, tokens)) + processor.image_seq_length * num_images)
     return dataset.add_column("length", lengths)
 
 
@@ -399,10 +401,10 @@ class AureaDataCollator:
         is_picture = input_ids == self.processor.image_token_id
         labels = input_ids.masked_fill((trained == 0) | is_picture, IGNORED)
         if self.max_length is not None:
-            if is_picture[self.max_length :].any():
+            if num_cut := int(is_picture[self.max_length :].sum()):
                 raise ValueError(
                     f"it has {len(input_ids)} tokens, and `max_length={self.max_length}` would cut off the "
-                    f"placeholders of {is_picture[self.max_length :].sum()} of its {len(images)} pictures"
+                    f"placeholders of {-(-num_cut // self.processor.image_seq_length)} of its {len(images)} pictures"
                 )
             input_ids, labels, position_ids = (
                 tensor[: self.max_length] for tensor in (input_ids, labels, position_ids)
@@ -443,6 +445,7 @@ class AureaDataCollator:
         if self.train_on == "assistant" and not self._template_marks_answers:
             conversations = self.processor.mark_words(conversations)
             texts, spans = zip(*(self._render(messages) for messages in conversations))
+            spans = [self._after_expansion(text, answers) for text, answers in zip(texts, spans)]
             rows_of_images = [images, *[[]] * (len(texts) - 1)] if images else None
             inputs = self.processor(text=list(texts), images=rows_of_images, return_offsets_mapping=True)
             trained = []
@@ -460,6 +463,11 @@ class AureaDataCollator:
         )
         masks = inputs["assistant_masks"] if only_answers else inputs["attention_mask"]
         return inputs, torch.tensor([marked for mask in masks for marked in mask])
+
+    def _after_expansion(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Where these parts of a text stand once each placeholder has become `image_seq_length` tokens."""
+        token, added = self.processor.image_token, self.processor.image_seq_length - 1
+        return [tuple(place + added * len(token) * text.count(token, 0, place) for place in span) for span in spans]
 
     def _render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and from where to where its answers stand in it, end tokens included.

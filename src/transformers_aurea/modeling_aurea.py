@@ -118,7 +118,7 @@ class AureaModel(AureaPreTrainedModel):
         self.fusion = config.fusion_class(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
-        self.connector = AureaConnector(config, self.fusion.num_tokens)
+        self.connector = AureaConnector(config)
         if self.connector.weaves:
             weave_cross_attention(self.language_model, config)
         self._carries_pictures = not self.connector.weaves or carries_cross_attention(self.language_model)

@@ -1,10 +1,10 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Text and pictures → `input_ids`, `attention_mask`, `pixel_values`, and the published prompt as a chat template.
 
-A picture is one placeholder in the text, `<|image|>`, and stays one token: the visual features reach the language
-model through cross-attention, not through the token sequence. So texts are not expanded; what is left to do is to see
-that every row has as many placeholders as pictures, and that words of a conversation which look like a placeholder or
-the end of a turn stay words.
+A picture is one placeholder in the text, `<|image|>`. It stays one token where visual features reach the language
+model through cross-attention, and becomes as many as there are visual tokens where these stand in the text. Every row
+must have as many placeholders as pictures, and words of a conversation which look like a placeholder or the end of a
+turn stay words.
 """
 
 import os
@@ -171,14 +171,19 @@ class AureaProcessor(ProcessorMixin):
             before: what normalization makes of other words is none.
         chat_template (`str`, *optional*): a Jinja template; the published one by default. The default system message
             is part of it: it is written if the conversation contains a picture and no system message of its own.
+        image_seq_length (`int`, *optional*, defaults to 1): how many tokens a placeholder becomes, the model's
+            `config.placeholders_per_image`: 1 with `connector_type="cross_attention"`, else one per visual token.
 
     Raises:
-        ValueError: the image token is not in the tokenizer's vocabulary.
+        ValueError: the image token is not in the tokenizer's vocabulary, or `image_seq_length` is less than 1.
     """
 
     valid_processor_kwargs = AureaProcessorKwargs
 
-    def __init__(self, image_processor, tokenizer, chat_template=None):
+    def __init__(self, image_processor, tokenizer, chat_template=None, image_seq_length: int = 1):
+        if image_seq_length < 1:
+            raise ValueError(f"`image_seq_length` must be at least 1, got {image_seq_length}.")
+        self.image_seq_length = image_seq_length
         self.image_token = image_token(tokenizer)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
@@ -217,7 +222,8 @@ class AureaProcessor(ProcessorMixin):
             tokenizer: As given for the model. It gets an image token if it has none.
             image_processor (`AureaImageProcessor`, *optional*): Used as it is, in place of the above.
             config (`AureaConfig`, *optional*):
-                The model's configuration, for the sizes of the views. By default that of these parts as they are.
+                The model's configuration, for the sizes of the views, and the tokens of a picture where its connector
+                fills placeholders. By default that of these parts as they are.
             chat_template (`str`, *optional*):
                 By default the tokenizer's own, taught to write the image token, if it marks its answers for training
                 (`{% generation %}`); else the published one if the tokenizer has its tokens; else the tokenizer's own,
@@ -235,7 +241,12 @@ class AureaProcessor(ProcessorMixin):
             views = zip(sizes.encoder_configs, sizes.view_sizes, ("", "spatial_"))
             settings = [view_settings(encoders[name], size, prefix) for name, size, prefix in views]
             image_processor = AureaImageProcessor(do_spatial_view=len(settings) > 1, **dict(ChainMap(*settings)))
-        processor = cls(image_processor, tokenizer, chat_template=chat_template or chat_template_for(tokenizer))
+        processor = cls(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or chat_template_for(tokenizer),
+            image_seq_length=1 if config is None else config.placeholders_per_image,
+        )
         if config is not None and config.image_token_id != processor.image_token_id:
             raise ValueError(
                 f"`config.image_token_id` is {config.image_token_id}, but {processor.image_token!r} has the id "
@@ -374,19 +385,19 @@ class AureaProcessor(ProcessorMixin):
         )
 
     def _process_images(self, images: ImageInput, **kwargs):
-        replacements = [self.image_token] * sum(_count_images(images))
+        replacements = [self.image_token * self.image_seq_length] * sum(_count_images(images))
         return self.image_processor(images, **kwargs), replacements
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder itself: a picture is one token."""
-        return self.image_token
+        """What a placeholder becomes."""
+        return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        """Placeholder tokens, and rows of `pixel_values`, for pictures of these sizes: one each, whatever the size."""
+        """Placeholder tokens, and rows of `pixel_values`, for pictures of these sizes: the same for all."""
         if image_sizes is None:
             return MultiModalData()
-        ones = [1] * len(image_sizes)
-        return MultiModalData(num_image_tokens=ones, num_image_patches=list(ones))
+        counts = {"num_image_tokens": self.image_seq_length, "num_image_patches": 1}
+        return MultiModalData(**{name: [count] * len(image_sizes) for name, count in counts.items()})
 
     @property
     def model_input_names(self) -> list[str]:

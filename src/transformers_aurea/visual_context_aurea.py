@@ -146,16 +146,15 @@ def count_images(
     counts = image_tokens.sum(dim=1)
     if images_seen is not None:
         counts = counts + images_seen.to(counts.device)
-    one = "one placeholder"
-    if placeholders_per_image > 1:
-        one = f"{placeholders_per_image} placeholders (the processor's `image_seq_length`)"
+    per_image = placeholders_per_image
     torch_compilable_check(
-        (counts.sum() == num_images * placeholders_per_image) & (counts % placeholders_per_image == 0).all(),
+        (counts.sum() == num_images * per_image) & (counts % per_image == 0).all(),
         lambda: (
             f"Image features and image tokens do not match: {num_images} pictures for {int(counts.sum())} "
-            f"placeholders ({counts.tolist()} per row). Give {one} per picture, and the pictures in the order of the "
-            "rows. Where a placeholder's token is a word of the text, say so by a 0 at its place in "
-            "`mm_token_type_ids`, with a 1 at those of pictures."
+            f"placeholders ({counts.tolist()} per row). Give {per_image} per picture, which is what a processor with "
+            f"`image_seq_length={per_image}` does, and the pictures in the order of the rows. Where a placeholder's "
+            "token is a word of the text, say so by a 0 at its place in `mm_token_type_ids`, with a 1 at those of "
+            "pictures."
         ),
     )
     return counts // placeholders_per_image
