@@ -370,12 +370,23 @@ def conversations(kind: str):
 
 
 class TestTrl:
-    def sft(self, model, processor, folder: Path, kind: str, peft_config=None, **kwargs):
+    @pytest.fixture(scope="class", params=["cross_attention", "prefix"])
+    def folder(self, request, converted, tmp_path_factory) -> Path:
+        """The converted model, with this connector."""
+        folder = tmp_path_factory.mktemp(request.param)
+        model = AureaForConditionalGeneration.from_pretrained(converted, connector_type=request.param)
+        processor = AureaProcessor.from_pretrained(converted)
+        processor.image_seq_length = model.config.placeholders_per_image
+        for part in (model, processor):
+            part.save_pretrained(folder)
+        return folder
+
+    def sft(self, model, processor, output: Path, kind: str, peft_config=None, **kwargs):
         trl = pytest.importorskip("trl")
         pytest.importorskip("datasets")
         settings = {"max_length": None, "max_steps": 3, "save_strategy": "no", "learning_rate": 5e-3, **kwargs}
         arguments = trl.SFTConfig(
-            output_dir=str(folder),
+            output_dir=str(output),
             per_device_train_batch_size=3,
             logging_steps=1,
             report_to="none",
@@ -398,28 +409,30 @@ class TestTrl:
         ],
         ids=["conversations", "assistant-only loss", "prompt and completion", "text"],
     )
-    def test_supervised_fine_tuning(self, converted, tmp_path, kind, settings):
-        processor = AureaProcessor.from_pretrained(converted)
-        trainer = self.sft(load(converted), processor, tmp_path, kind, **settings)
+    def test_supervised_fine_tuning(self, folder, tmp_path, kind, settings):
+        processor = AureaProcessor.from_pretrained(folder)
+        trainer = self.sft(load(folder), processor, tmp_path, kind, **settings)
         trainer.train()
         losses = logged_losses(trainer)
         assert len(losses) == 3 and np.isfinite(losses).all()
         assert losses[-1] < losses[0]
 
-    def test_rows_keep_their_pictures_in_the_collator(self, converted, tmp_path):
-        processor = AureaProcessor.from_pretrained(converted)
-        trainer = self.sft(load(converted), processor, tmp_path, "messages", assistant_only_loss=True)
+    def test_rows_keep_their_pictures_in_the_collator(self, folder, tmp_path):
+        processor = AureaProcessor.from_pretrained(folder)
+        trainer = self.sft(load(folder), processor, tmp_path, "messages", assistant_only_loss=True)
         batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
-        assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 2, 0]
+        assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [
+            number * processor.image_seq_length for number in (1, 2, 0)
+        ]
         assert batch["pixel_values"].shape[0] == 3
         trained = [processor.decode(row[row != -100]) for row in batch["labels"]]
         assert trained == [f"It is {index} again.<|end|>" for index in range(3)]
 
-    def test_supervised_fine_tuning_of_an_adapter(self, converted, tmp_path):
+    def test_supervised_fine_tuning_of_an_adapter(self, folder, tmp_path):
         peft = pytest.importorskip("peft")
         adapter = peft.LoraConfig(r=4, target_modules=LANGUAGE_MODEL_TARGETS)
-        processor = AureaProcessor.from_pretrained(converted)
-        trainer = self.sft(load(converted), processor, tmp_path, "messages", adapter, learning_rate=2e-2)
+        processor = AureaProcessor.from_pretrained(folder)
+        trainer = self.sft(load(folder), processor, tmp_path, "messages", adapter, learning_rate=2e-2)
         trainer.train()
         losses = logged_losses(trainer)
         assert losses[-1] < losses[0]
@@ -439,9 +452,9 @@ class TestTrl:
                 rows[-1][column] = [{"role": "assistant", "content": answer}]
         return Dataset.from_list(rows)
 
-    def common(self, folder: Path) -> dict:
+    def common(self, output: Path) -> dict:
         return {
-            "output_dir": str(folder),
+            "output_dir": str(output),
             "max_steps": 3,
             "save_strategy": "no",
             "learning_rate": 1e-3,
@@ -453,22 +466,22 @@ class TestTrl:
         }
 
     @pytest.mark.slow
-    def test_direct_preference_optimisation_of_mixed_rows(self, converted, tmp_path):
+    def test_direct_preference_optimisation_of_mixed_rows(self, folder, tmp_path):
         trl = pytest.importorskip("trl")
-        processor = AureaProcessor.from_pretrained(converted)
+        processor = AureaProcessor.from_pretrained(folder)
         arguments = trl.DPOConfig(**self.common(tmp_path), per_device_train_batch_size=3, max_length=None)
         dataset = self.preferences("chosen", "rejected")
-        trainer = trl.DPOTrainer(load(converted), args=arguments, train_dataset=dataset, processing_class=processor)
+        trainer = trl.DPOTrainer(load(folder), args=arguments, train_dataset=dataset, processing_class=processor)
         trainer.train()
         losses = logged_losses(trainer)
         assert losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[-1] < 0.3
 
     @pytest.mark.slow
-    def test_group_relative_policy_optimisation_of_mixed_rows(self, converted, tmp_path):
+    def test_group_relative_policy_optimisation_of_mixed_rows(self, folder, tmp_path):
         trl = pytest.importorskip("trl")
-        processor = AureaProcessor.from_pretrained(converted)
+        processor = AureaProcessor.from_pretrained(folder)
         sizes = {"per_device_train_batch_size": 6, "num_generations": 2, "max_completion_length": 6}
-        model = load(converted)
+        model = load(folder)
         trainer = trl.GRPOTrainer(
             model,
             args=trl.GRPOConfig(**self.common(tmp_path), **sizes),
