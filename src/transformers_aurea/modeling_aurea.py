@@ -255,26 +255,17 @@ class AureaModel(AureaPreTrainedModel):
         check_are_trained(auxiliary_losses, are_in_loss=return_decoder_output)
         context.enter(cache)
         words = self.connector.fill(context, input_ids, inputs_embeds, self.get_input_embeddings())
-        text_config = self.language_model.config
-        positions = {"cache": cache, "position_ids": position_ids}
+        text_config, use_cache = self.language_model.config, self._uses_cache(use_cache)
         attention_mask = self.connector.mask(
-            context, attention_mask, prompt_blocks, text_config, **positions, is_training=self.training
+            context, attention_mask, prompt_blocks, text_config, cache, position_ids, self.training
         )
-        use_cache = self._uses_cache(use_cache)
         visual_inputs = context.layer_inputs(cache, use_cache, text_config)
         cross_attentions = None
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
         with self._watched(visual_inputs):
-            outputs = self.language_model(
-                **words,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **{CACHE_NAME: cache},
-                **visual_inputs,
-                **kwargs,
-            )
+            text = words | {"attention_mask": attention_mask, "position_ids": position_ids, CACHE_NAME: cache}
+            outputs = self.language_model(**text, use_cache=use_cache, **visual_inputs, **kwargs)
         kept = outputs.get(CACHE_NAME)
         if (visual_inputs or context.is_shown) and kept is not None and kept is not cache:
             context.move_to(kept, cache, visual_inputs.get("visual_cache"))
