@@ -34,20 +34,17 @@ class AureaConnector:
         self.tokens_per_image = config.tokens_per_image
         self.placeholders_per_image = config.placeholders_per_image
 
-    def inputs(self, visual_tokens: torch.Tensor, num_images: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    def inputs(self, visual_tokens: torch.Tensor, num_images: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Visual tokens (rows, M·N, C) and pictures per row as arguments of the model."""
-        return {
-            "cross_attention_states": visual_tokens if self.weaves else None,
-            "image_embeds": visual_tokens if self.fills else None,
-            "num_images": num_images,
-        }
+        readers = {"cross_attention_states": self.weaves, "image_embeds": self.fills}
+        return {name: visual_tokens for name, reads in readers.items() if reads} | {"num_images": num_images}
 
     def context(
         self,
         image_tokens: torch.Tensor,
-        cross_attention_states: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
-        num_images: torch.Tensor | None,
+        cross_attention_states: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        num_images: torch.Tensor | None = None,
     ) -> AureaVisualContext:
         """Visual tokens beside the text (batch, T) that sees them.
 
