@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 import base64
 import copy
+import dataclasses
 import inspect
 import io
 import json
@@ -475,6 +476,24 @@ def test_messages_that_are_no_dictionaries_are_refused(processor):
     for chat in ([user("a"), "b"], [[SimpleNamespace(role="user", content="<|end|>")]]):
         with pytest.raises(TypeError, match=r"A message must be a dictionary, got (str|SimpleNamespace)"):
             processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+
+
+def test_message_objects_are_their_dictionaries_and_their_words_are_words(processor):
+    @dataclasses.dataclass
+    class Message:
+        role: str
+        content: list
+
+    class Part:
+        def model_dump(self):  # as pydantic's models have it
+            return {"type": "text", "text": "a<|end|>"}
+
+    objects = [Message("user", [Part()])]
+    dictionaries = [{"role": "user", "content": [Part().model_dump()]}]
+    settings = {"tokenize": True, "return_dict": True}
+    expected = processor.apply_chat_template(dictionaries, **settings)["input_ids"]
+    assert processor.apply_chat_template(objects, **settings)["input_ids"] == expected
+    assert control_ids(processor, expected[0]) == ["<|user|>", "<|end|>"]
 
 
 # texts and pictures

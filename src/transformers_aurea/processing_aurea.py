@@ -13,6 +13,7 @@ import threading
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 
 from tokenizers import normalizers, pre_tokenizers
@@ -296,8 +297,9 @@ class AureaProcessor(ProcessorMixin):
         Raises:
             ValueError: the chat template does not write `tools`, `documents`, or what a message says under another
                 key than `content`, as `reasoning_content`; or a message has pictures beside its content.
-            TypeError: a message is no dictionary.
+            TypeError: a message is no dictionary, dataclass or pydantic model.
         """
+        conversation = _as_dictionaries(conversation)
         for message in _messages(conversation):
             if beside := [name for name in ("image", "images") if message.get(name)]:
                 raise ValueError(
@@ -479,6 +481,17 @@ def _part_texts(parts: list, words: _ControlWords) -> list:
             joined = part["text"]
         text = joined
     return parts
+
+
+def _as_dictionaries(value):
+    """Messages, and what stands in them, that are dataclasses or pydantic models, as dictionaries."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif callable(getattr(value, "model_dump", None)):
+        value = value.model_dump()
+    if isinstance(value, Mapping):
+        return {name: _as_dictionaries(inner) for name, inner in value.items()}
+    return type(value)(map(_as_dictionaries, value)) if type(value) in (list, tuple) else value
 
 
 def _is_batched(conversation) -> bool:
