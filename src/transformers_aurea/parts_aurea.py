@@ -207,7 +207,8 @@ class AureaFromPartsMixin:
                 Of everything but the encoders, which are in float32. By default that of the language model.
             config_overrides:
                 Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
-                refused. With `image_token_id` no tokenizer is needed.
+                refused. With `image_token_id` no tokenizer is needed; that token may then be generated, as by the
+                language model alone, and is a word.
 
         Raises:
             OSError: a part cannot be found.
@@ -268,8 +269,9 @@ def _model_from_parts(
     _make_room_for_image_token(model)
     if language_model.can_generate():
         model.generation_config = language_model.generation_config
-    suppressed = {*(model.generation_config.suppress_tokens or ()), model.config.image_token_id}
-    model.generation_config.suppress_tokens = sorted(suppressed)  # no picture would fill a generated placeholder
+    if "image_token_id" not in config_overrides:  # else it may be a word of the language model's own
+        suppressed = {*(model.generation_config.suppress_tokens or ()), model.config.image_token_id}
+        model.generation_config.suppress_tokens = sorted(suppressed)  # no picture would fill a generated placeholder
     return model
 
 
