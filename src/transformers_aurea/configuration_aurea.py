@@ -372,6 +372,7 @@ class AureaConfig(PreTrainedConfig):
         if fusion.fusion_type in _FORMER_FUSIONS:
             fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
+            self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
         for name in self.encoder_configs.keys() - self.fusion_class.encoders(self):
             setattr(self, name, None)
         for config in self.encoder_configs.values():
