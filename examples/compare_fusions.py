@@ -27,16 +27,12 @@ from transformers_aurea.scenes import KINDS
 
 
 EXAMPLES = Path(__file__).parent
-# Both encoders train, but the one that a fusion does not use.
-GROUPS = ("vision", "spatial_vision", "fusion", "projector", "cross_attention", "language_model")
-UNUSED = {"semantic": "spatial_vision", "spatial": "vision"}
+# Options of make_embedded_model.py for each; to compare with, either encoder alone.
+FUSION_TYPES = {name: ("--fusion_type", name) for name in FUSIONS}
+FUSION_TYPES["none-spatial_vision"] = ("--fusion_type", "none", "--encoder", "spatial_vision")
 ONE_OBJECT = {"color": 1, "shape": 1, "size": 1, "count": 1, "existence": 1, "describe": 1, "locate": 1}
 TWO_OBJECTS = ONE_OBJECT | {"left_right": 2, "above_below": 2, "locate": 2}
 CURRICULUM = json.dumps([[0.2, 1, ONE_OBJECT], [1, 2, TWO_OBJECTS]])
-
-
-def trained_groups(fusion_type: str) -> list[str]:
-    return [group for group in GROUPS if group != UNUSED.get(fusion_type)]
 
 
 def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
@@ -53,11 +49,11 @@ def run(folder: Path, fusion_type: str, seed: int, args) -> dict:
 
     if not start.is_dir():
         shutil.rmtree(half_written, ignore_errors=True)
-        call("make_embedded_model.py", "--output_dir", half_written, "--fusion_type", fusion_type, "--seed", seed)
+        call("make_embedded_model.py", "--output_dir", half_written, *FUSION_TYPES[fusion_type], "--seed", seed)
         half_written.rename(start)
     call(
         *("train.py", "--args_file", EXAMPLES / "embedded.args"),
-        *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *trained_groups(fusion_type)),
+        *("--model_name_or_path", start, "--output_dir", trained, "--stage", "full"),
         *("--scenes", args.scenes, "--eval_strategy", "no", "--do_eval", "False", "--curriculum", CURRICULUM),
     )
     call(
@@ -87,7 +83,7 @@ def table(runs: list[dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--fusion_types", nargs="+", default=list(FUSIONS), choices=list(FUSIONS))
+    parser.add_argument("--fusion_types", nargs="+", default=list(FUSION_TYPES), choices=list(FUSION_TYPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=14_400, help="training pictures, 8 a step (default: 14400)")
     parser.add_argument("--eval_scenes", type=int, default=500, help="test pictures (default: 500)")
@@ -117,7 +113,7 @@ def main():
                 job, folder = started[ended]
                 scores = ended.result()
                 model = AureaForConditionalGeneration.from_pretrained(folder / "start")
-                report = set_trainable(model, trained_groups(job["fusion_type"]))
+                report = set_trainable(model, "full")
                 runs.append({**job, "trainable_parameters": report.trainable, "scores": scores})
                 half_written = file.with_suffix(".partial")
                 half_written.write_text(json.dumps(runs, indent=1) + "\n")
@@ -125,7 +121,7 @@ def main():
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure no more are begun
     wanted = [found for found in runs if sizes.items() <= found.items()]
-    print(table(sorted(wanted, key=lambda found: (list(FUSIONS).index(found["fusion_type"]), found["seed"]))))
+    print(table(sorted(wanted, key=lambda found: (list(FUSION_TYPES).index(found["fusion_type"]), found["seed"]))))
 
 
 if __name__ == "__main__":

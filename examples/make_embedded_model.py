@@ -72,13 +72,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> AureaProcessor:
+def make_processor(has_two_views: bool) -> AureaProcessor:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    image_processor = AureaImageProcessor(size=size, spatial_size=size, spatial_crop_size=None)
-    return AureaProcessor(image_processor, make_tokenizer(), chat_template=CHAT_TEMPLATE)
+    views = {"size": size, "spatial_size": size, "spatial_crop_size": None, "do_spatial_view": has_two_views}
+    return AureaProcessor(AureaImageProcessor(**views), make_tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str) -> AureaConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion: dict[str, str]) -> AureaConfig:
     # About 1/√width. The usual 0.02 suits a width of 2500: here every projection would shrink what it is given.
     initializer_range = 0.08
     return AureaConfig(
@@ -100,7 +100,9 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion_type: str
             "hidden_sizes": [width // 2, width],
             "depths": [1, 2],
         },
-        feature_fusion_config={"fusion_type": fusion_type, "radius": 3, "depth": 1},
+        spatial_vision_image_size=IMAGE_SIZE,
+        # Tokens are as wide as of two encoders even if there is one.
+        feature_fusion_config={**fusion, "radius": 3, "depth": 1, "output_dim": 2 * width},
         text_config={
             "model_type": "phi3",
             "vocab_size": len(tokenizer),
@@ -152,6 +154,8 @@ def let_patches_differ(model: AureaForConditionalGeneration):
     learned late and badly: places start as waves over the picture, as in MAE (https://arxiv.org/abs/2111.06377).
     """
     encoder = model.model.vision_model
+    if encoder is None:
+        return
     positions = encoder.embeddings.position_embedding.weight
     positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
     for layer in encoder.encoder.layers:
@@ -164,14 +168,18 @@ def main():
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--width", type=int, default=64, help="of the encoders, a multiple of 32 (default: 64)")
     parser.add_argument("--fusion_type", default="spatial_range", choices=tuple(FUSIONS))
+    parser.add_argument(
+        "--encoder", default="vision", choices=("vision", "spatial_vision"), help='that of the fusion "none"'
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.width < 32 or args.width % 32:
         parser.error(f"--width must be a multiple of 32, the channels of an attention head, not {args.width}")
 
-    processor = make_processor()
+    processor = make_processor(has_two_views=args.fusion_type != "none")
+    fusion = {"fusion_type": args.fusion_type, "encoder": args.encoder}
     torch.manual_seed(args.seed)
-    model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, args.fusion_type))
+    model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, fusion))
     let_patches_differ(model)
     model.generation_config = make_generation_config(processor.tokenizer)
     model.save_pretrained(args.output_dir)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, TINY_TEXT, TINY_VISION, tiny_config, tiny_model
+from conftest import FIXTURES, TINY_TEXT, TINY_VISION, random_pixels, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig
@@ -119,6 +119,53 @@ class TestFormerNameOfTheFusion:
     def test_nothing_answers_to_it(self):
         """transformers takes what a configuration has under this name for its own."""
         assert not hasattr(AureaConfig(), "fusion_config")
+
+
+class TestFormerNamesOfOneEncoderAlone:
+    @pytest.fixture(params=[("semantic", "vision", 16), ("spatial", "spatial_vision", 12)], ids=lambda each: each[0])
+    def former(self, request, tmp_path):
+        """A folder as version 0.1 wrote it, which had both encoders, and what there is to find of the one it uses."""
+        fusion_type, encoder, feature_size = request.param
+        name = f"{fusion_type}_norm"
+        fusion = {
+            f"{name}.weight": torch.randn(feature_size),
+            f"{name}.bias": torch.randn(feature_size),
+            "output_proj.weight": torch.randn(24, feature_size),
+        }
+        spatial = {**TINY_VISION["spatial_vision_config"], "image_size": 42}  # its view is of 28, for one grid
+        other = tiny_model(feature_fusion_config={"fusion_type": "concat"}, spatial_vision_config=spatial)
+        state_dict = {key: value for key, value in other.state_dict().items() if not key.startswith("model.fusion.")}
+        state_dict |= {f"model.fusion.{key}": value for key, value in fusion.items()}
+        other.save_pretrained(tmp_path, state_dict=state_dict)
+        written = json.loads((tmp_path / "config.json").read_text())
+        written["feature_fusion_config"] = {"fusion_type": fusion_type, "depth": 1, "radius": 1}
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        return tmp_path, encoder, fusion, other
+
+    def test_their_folders_load_with_every_tensor(self, former):
+        folder, encoder, fusion, other = former
+        model, report = AureaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["mismatched_keys"]
+        absent = {"vision": "spatial_vision", "spatial_vision": "vision"}[encoder]
+        assert all(key.startswith(f"model.{absent}_model.") for key in report["unexpected_keys"])
+        found = model.model.fusion.state_dict()
+        assert found.keys() == fusion.keys() and model.config.view_sizes == ((28, 28),)
+        assert all(torch.equal(found[name], tensor) for name, tensor in fusion.items())
+        pixels, encoder = random_pixels(1, other.config), f"{encoder}_model"
+        with torch.no_grad():
+            _, features = other.model.get_submodule(encoder).encode(pixels)
+            [norm_weight, norm_bias, weight] = fusion.values()
+            normed = torch.nn.functional.layer_norm(features, features.shape[-1:], norm_weight, norm_bias)
+            expected = other.model.multi_modal_projector((normed @ weight.T).flatten(1, 2))
+            torch.testing.assert_close(model.get_image_features(pixels).pooler_output, expected)
+
+    def test_they_are_saved_under_their_names_of_now(self, former, tmp_path):
+        folder, encoder, *_ = former
+        AureaConfig.from_pretrained(folder).save_pretrained(tmp_path / "again")
+        written = json.loads((tmp_path / "again" / "config.json").read_text())["feature_fusion_config"]
+        assert (written["fusion_type"], written["encoder"], written["output_dim"]) == ("none", encoder, 24)
+        again = AureaConfig.from_pretrained(tmp_path / "again")
+        assert again.feature_sizes == ({"vision": 16, "spatial_vision": 12}[encoder],)
 
 
 class TestOverridesOfFromPretrained:

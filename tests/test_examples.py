@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import EvalPrediction
 
-from transformers_aurea import AureaForConditionalGeneration, embedded_model_path
+from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -283,19 +283,32 @@ def test_bad_options_are_named_and_wrong_usage(untrained, tmp_path, options, mes
     assert len(said) < 1000  # not the usage of all options
 
 
+@pytest.mark.parametrize("encoder", ["vision", "spatial_vision"])
+def test_the_embedded_model_may_have_one_encoder(encoder, tmp_path):
+    options = ("--output_dir", tmp_path, "--width", 32, "--fusion_type", "none", "--encoder", encoder)
+    check(run("make_embedded_model.py", *options))
+    model = AureaForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.config.encoder_configs.keys() == {f"{encoder}_config"}
+    assert model.config.tokens_per_image == 14 * 14 and model.model.fusion.output_dim == 64
+    processor = AureaProcessor.from_pretrained(tmp_path)
+    inputs = processor(images=Image.new("RGB", (50, 40)), text="<|image|>", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 1, 3, 112, 112)
+    assert model(**inputs).logits.isfinite().all()
+
+
 @pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_cut_off(tmp_path):
-    start = tmp_path / "semantic-0-16-4" / "start"
+    start = tmp_path / "none-0-16-4" / "start"
     half_written = start.with_name("partial")
     half_written.mkdir(parents=True)
     (half_written / "config.json").write_text("{")
 
     def compare(*options):
-        found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "semantic", *options)
+        found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "none", *options)
         return found.stdout if found.returncode == 0 else pytest.fail(found.stderr)
 
     table = compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0, 0)
-    assert re.search(r"\| semantic \| 1,650,368 \| \d+\.\d \|", table)
+    assert re.search(r"\| none \| 1,650,368 \| \d+\.\d \|", table)
     assert start.is_dir() and not half_written.exists()
     shutil.rmtree(start.parent)  # nothing is done again
     assert compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0) == table

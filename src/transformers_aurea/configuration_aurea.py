@@ -7,12 +7,13 @@ The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_confi
 """
 
 import copy
+import math
 import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .fusion_aurea import FUSIONS, AureaFusion
@@ -104,12 +105,22 @@ class AureaUnfitLanguageModelError(ValueError):
 
 
 class AureaView(NamedTuple):
-    """What one encoder sees of a picture: its number in `pixel_values`, pixels (height, width), patches (rows,
-    columns)."""
+    """What one encoder sees of a picture, and what it is to give.
+
+    Args:
+        index: number of its view in `pixel_values`.
+        size: height and width of the view in pixels.
+        grid: rows and columns of patches.
+        feature_shape: the grid, or the number of tokens alone where class and register tokens are among them.
+        feature_layers: indices into its `hidden_states`, whose channels are laid side by side; None for
+            `last_hidden_state`.
+    """
 
     index: int
     size: tuple[int, int]
     grid: tuple[int, int]
+    feature_shape: tuple[int, ...]
+    feature_layers: list[int] | None
 
 
 @strict
@@ -211,6 +222,21 @@ class AureaConfig(PreTrainedConfig):
         spatial_vision_image_size (`int` or `list[int]`, *optional*):
             Side, or height and width, in pixels of view 1; by default the size that gives both encoders the same grid
             of patches.
+        vision_feature_layer (`int` or `list[int]`, *optional*):
+            Which of the semantic encoder's `hidden_states` are its features, as in LLaVA: 0 is the embeddings, -1 the
+            last layer before the final norm. The channels of several are laid side by side. By default
+            `last_hidden_state`, after the final norm. Encoders of stages (Swin, ConvNeXt, ResNet) leave no choice.
+        spatial_vision_feature_layer (`int` or `list[int]`, *optional*):
+            Likewise, of the spatial encoder.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"`, the semantic encoder's features of patches alone, as a map; `"full"`, its class and register
+            tokens too, which come first, for a fusion that takes tokens without a grid: `"interleave"`,
+            `"cross_attention"` or `"none"`.
+        spatial_vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            Likewise, of the spatial encoder.
+        encoder_dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float32"`, as published, whatever the model's dtype is; or `"auto"`, that of the model: encoders then
+            follow `dtype` when it is loaded, and are quantised as it is.
         cross_attention_layers (`list[int]`, *optional*):
             The decoder layers before which a cross-attention block stands; the number of layers itself means a closing
             block after the last one. By default every second layer from 0 on, and the closing block (published rule).
@@ -277,6 +303,11 @@ class AureaConfig(PreTrainedConfig):
     prefix_mask: Literal["causal", "pictures", "prompt"] = "causal"
     vision_image_size: int | list[int] | tuple[int, int] | None = None
     spatial_vision_image_size: int | list[int] | tuple[int, int] | None = None
+    vision_feature_layer: int | list[int] | None = None
+    spatial_vision_feature_layer: int | list[int] | None = None
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    spatial_vision_feature_select_strategy: Literal["default", "full"] = "default"
+    encoder_dtype: Literal["float32", "auto"] = "float32"
     cross_attention_layers: list[int] | None = None
     cross_attention_num_heads: int | None = None
     cross_attention_num_key_value_heads: int | None = None
@@ -341,6 +372,7 @@ class AureaConfig(PreTrainedConfig):
         if fusion.fusion_type in _FORMER_FUSIONS:
             fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
+            self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
         for name in self.encoder_configs.keys() - self.fusion_class.encoders(self):
             setattr(self, name, None)
         for config in self.encoder_configs.values():
@@ -386,17 +418,35 @@ class AureaConfig(PreTrainedConfig):
     @property
     def feature_sizes(self) -> tuple[int, ...]:
         """Channels of each encoder's features."""
-        return tuple(_feature_size(config) for config in self.encoder_configs.values())
+        parts = zip(self.encoder_configs.values(), self.feature_layers)
+        return tuple(_feature_size(config) * (1 if layers is None else len(layers)) for config, layers in parts)
+
+    @property
+    def feature_layers(self) -> tuple[list[int] | None, ...]:
+        """Indices into each encoder's `hidden_states`; None for `last_hidden_state`."""
+        return tuple([layers] if isinstance(layers, int) else layers for layers in self._of_encoders("feature_layer"))
+
+    @property
+    def feature_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Rows and columns of each encoder's features, or the number of tokens alone where class tokens are kept."""
+        parts = zip(self.encoder_configs.values(), self.view_sizes, self._of_encoders("feature_select_strategy"))
+        return tuple(
+            (_num_tokens(config, size),) if strategy == "full" else _grid(size, config)
+            for config, size, strategy in parts
+        )
+
+    def _of_encoders(self, setting: str) -> list:
+        """The value of a setting such as `image_size` for each of `encoder_configs`."""
+        return [getattr(self, name.replace("config", setting)) for name in self.encoder_configs]
 
     @property
     def view_sizes(self) -> tuple[tuple[int, int], ...]:
         """Height and width in pixels of each encoder's view."""
         configs = self.encoder_configs
-        given = {"vision_config": self.vision_image_size, "spatial_vision_config": self.spatial_vision_image_size}
         sizes = []
-        for name, config in configs.items():
-            if given[name] is not None:
-                sizes.append(_pair(given[name]))
+        for (name, config), given in zip(configs.items(), self._of_encoders("image_size")):
+            if given is not None:
+                sizes.append(_pair(given))
             elif sizes:  # the spatial encoder's grid is the semantic one's
                 grid, stride = _grid(sizes[0], configs["vision_config"]), _stride(config)
                 sizes.append((grid[0] * stride[0], grid[1] * stride[1]))
@@ -418,8 +468,8 @@ class AureaConfig(PreTrainedConfig):
     def views(self) -> dict[str, AureaView]:
         """What each encoder sees of a picture, by the names of `encoder_configs`."""
         index = {"vision_config": 0, "spatial_vision_config": 1}
-        views = zip(self.encoder_configs, self.view_sizes, self.grid_sizes)
-        return {name: AureaView(index[name], size, grid) for name, size, grid in views}
+        views = zip(self.encoder_configs, self.view_sizes, self.grid_sizes, self.feature_shapes, self.feature_layers)
+        return {name: AureaView(index[name], *view) for name, *view in views}
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -453,6 +503,7 @@ class AureaConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self._validate_encoders()
         sizes = {
             "cross_attention_head_dim": self.cross_attention_head_dim,
             "cross_attention_intermediate_size": self.cross_attention_intermediate_size,
@@ -463,7 +514,6 @@ class AureaConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if self.image_token_id < 0:
             raise ValueError(f"`image_token_id` must be 0 or greater, got {self.image_token_id}.")
-        self._validate_encoders()
         self._validate_heads()
         self._validate_views()
         self._validate_connector()
@@ -477,6 +527,32 @@ class AureaConfig(PreTrainedConfig):
                     f"`{name}` is siglip2_vision_model, the variant that takes flattened patches (NaFlex). Use "
                     "siglip_vision_model, which carries SigLIP2 at a fixed resolution."
                 )
+        for name, config, layers in zip(self.encoder_configs, self.encoder_configs.values(), self.feature_layers):
+            if layers is not None:
+                _validate_layers(name, config, layers)
+        for name, strategy in zip(self.encoder_configs, self._of_encoders("feature_select_strategy")):
+            if strategy == "full":
+                self._validate_keeps_all_tokens(name)
+
+    def _validate_keeps_all_tokens(self, name: str):
+        setting = f'`{name.replace("config", "feature_select_strategy")}="full"`'
+        config, fusion = self.encoder_configs[name], self.feature_fusion_config.fusion_type
+        if _is_hierarchical(config):
+            raise ValueError(
+                f"{setting} keeps class tokens, but `{name}` is of type '{config.model_type}', an encoder of stages, "
+                "which has none. Leave it out."
+            )
+        if self.fusion_class.needs_map:
+            able = [repr(name) for name, fusion_class in FUSIONS.items() if not fusion_class.needs_map]
+            raise ValueError(
+                f"{setting} gives tokens without a grid, but the fusion '{fusion}' needs a map. Leave it out, or "
+                f"choose one of the fusions {', '.join(able)}."
+            )
+        if self.feature_consistency_coef:
+            raise ValueError(
+                f"{setting} gives tokens without a grid, but the feature consistency loss needs a map. Set "
+                f"`feature_consistency_coef` ({self.feature_consistency_coef}) to 0, or leave it out."
+            )
 
     def _validate_heads(self):
         for name, config in {"text_config": self.text_config, **self.encoder_configs}.items():
@@ -601,6 +677,36 @@ def _stride(config: PreTrainedConfig) -> tuple[int, int]:
 def _grid(size: tuple[int, int], config: PreTrainedConfig) -> tuple[int, int]:
     stride = _stride(config)
     return size[0] // stride[0], size[1] // stride[1]
+
+
+def _num_tokens(config: PreTrainedConfig, size: tuple[int, int]) -> int:
+    """Tokens that an encoder makes of a view of this size, class and register tokens among them.
+
+    Nothing that encoders declare in common says how many those are: one of a single layer, without weights, is asked,
+    at the size that it was trained with, where it interpolates nothing.
+    """
+    trained_size = _pair(optional_field(config, "image_size") or size)
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    with torch.device("meta"):
+        encoder = AutoModel.from_config(config, attn_implementation="eager")
+        tokens = encoder(torch.empty(1, 3, *trained_size, dtype=encoder.dtype)).last_hidden_state
+    return tokens.shape[1] - math.prod(_grid(trained_size, config)) + math.prod(_grid(size, config))
+
+
+def _validate_layers(name: str, config: PreTrainedConfig, layers: list[int]):
+    setting = f"`{name.replace('config', 'feature_layer')}`"
+    num_layers = optional_field(config, "num_hidden_layers")
+    if _is_hierarchical(config) or num_layers is None:
+        raise ValueError(
+            f"{setting} is {layers}, but `{name}` is of type '{config.model_type}', whose stages differ in resolution "
+            "and channels: its last is its features. Leave it out."
+        )
+    if not layers or not all(-num_layers - 1 <= layer <= num_layers for layer in layers):
+        raise ValueError(
+            f"{setting} is {layers}, but `{name}` has {num_layers + 1} hidden states: give one or more from "
+            f"{-num_layers - 1} to {num_layers}, or None for the output of its final norm."
+        )
 
 
 def _feature_size(config: PreTrainedConfig) -> int:

@@ -50,11 +50,13 @@ class AureaFusion(nn.Module):
     """What every fusion is. A subclass makes its layers from the [`AureaConfig`] alone, in `__init__`, sets there
 
         output_dim (`int`): channels of its tokens, and
-        num_tokens (`int`): tokens that it makes of a picture; by default one for each patch of the semantic encoder,
+        num_tokens (`int`): tokens that it makes of a picture; by default one for each of the first encoder's,
 
     and declares what others must know about it:
 
     Attributes:
+        needs_map: whether features must be maps. Of a fusion that has no need, `forward` takes tokens `(batch, N,
+            channels)` too, class and register tokens among them; `config.feature_shapes` tells which are which.
         needs_one_grid: whether both encoders must give the same rows and columns of patches.
         gives_map: whether `forward` takes `return_map=True` and then returns `(tokens, map)`, the fused map
             `(batch, height, width, channels)` that the feature consistency loss is about.
@@ -63,6 +65,7 @@ class AureaFusion(nn.Module):
         no_split: names of classes of modules that are not split over devices.
     """
 
+    needs_map: bool = True
     needs_one_grid: bool = True
     gives_map: bool = False
     kept_in_fp32: tuple[str, ...] = ()
@@ -74,8 +77,7 @@ class AureaFusion(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        rows, columns = config.grid_sizes[0]
-        self.num_tokens = rows * columns
+        self.num_tokens = math.prod(config.feature_shapes[0])
 
     @classmethod
     def encoders(cls, config) -> tuple[str, ...]:
@@ -270,6 +272,7 @@ class AureaInterleaveFusion(AureaFusion):
     Of two grids that differ, each token stands where its share of the sequence puts it. https://arxiv.org/abs/2401.06209
     """
 
+    needs_map = False
     needs_one_grid = False
 
     def __init__(self, config):
@@ -277,18 +280,17 @@ class AureaInterleaveFusion(AureaFusion):
         settings = config.feature_fusion_config
         semantic_dim, spatial_dim = config.feature_sizes
         self.output_dim = _dim(config)
-        counts = [math.prod(grid) for grid in config.grid_sizes]
-        self.num_tokens = sum(counts)
+        self.num_tokens = sum(math.prod(shape) for shape in config.feature_shapes)
         self.semantic_norm = nn.LayerNorm(semantic_dim, eps=settings.layer_norm_eps)
         self.spatial_norm = nn.LayerNorm(spatial_dim, eps=settings.layer_norm_eps)
         self.semantic_proj = nn.Linear(semantic_dim, self.output_dim, bias=False)
         self.spatial_proj = nn.Linear(spatial_dim, self.output_dim, bias=False)
 
     def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
-        """See [`AureaFusion`]; there are as many tokens as patches of both encoders."""
+        """See [`AureaFusion`]; there are as many tokens as both encoders have together."""
         dtype = self.semantic_norm.weight.dtype
-        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
-        spatial = self.spatial_proj(self.spatial_norm(spatial_features.to(dtype)).flatten(1, 2))
+        semantic = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, -2))
+        spatial = self.spatial_proj(self.spatial_norm(spatial_features.to(dtype)).flatten(1, -2))
         places = [(torch.arange(n, device=semantic.device) + 0.5) / n for n in (semantic.shape[1], spatial.shape[1])]
         order = torch.cat(places).argsort(stable=True)  # of equals, the semantic one first
         return torch.cat([semantic, spatial], dim=1)[:, order]
@@ -330,6 +332,7 @@ class AureaCrossAttentionFusion(AureaFusion):
     Helps small language models: https://arxiv.org/abs/2509.00664.
     """
 
+    needs_map = False
     needs_one_grid = False
 
     def __init__(self, config):
@@ -349,10 +352,10 @@ class AureaCrossAttentionFusion(AureaFusion):
         _validate_heads(config)
 
     def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
-        """See [`AureaFusion`]; there are as many tokens as patches of the semantic encoder."""
+        """See [`AureaFusion`]; there are as many tokens as the semantic encoder has."""
         dtype = self.semantic_norm.weight.dtype
-        tokens = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, 2))
-        source = self.spatial_norm(spatial_features.to(dtype)).flatten(1, 2)
+        tokens = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, -2))
+        source = self.spatial_norm(spatial_features.to(dtype)).flatten(1, -2)
         for norm, layer in zip(self.norms, self.layers):
             tokens = tokens + layer(norm(tokens), source)
         return tokens
@@ -421,6 +424,7 @@ class AureaNoFusion(AureaFusion):
     Its features as they are or, with an `output_dim`, `x = W LN(s)`.
     """
 
+    needs_map = False
     gives_map = True
 
     def __init__(self, config):

@@ -204,7 +204,8 @@ class AureaFromPartsMixin:
                 else `<|image|>`; if it has none, that of the next free token. The embeddings grow only if that id
                 is beyond them, by rows that are the mean of the others.
             dtype (`torch.dtype` or `str`, *optional*):
-                Of everything but the encoders, which are in float32. By default that of the language model.
+                Of everything but the encoders, which are in float32 unless `encoder_dtype="auto"` is given. By default
+                that of the language model.
             config_overrides:
                 Arguments of [`AureaConfig`], such as `feature_fusion_config` and `cross_attention_layers`; others are
                 refused. With `image_token_id` no tokenizer is needed; that token may then be generated, as by the
@@ -358,7 +359,7 @@ def _check_encoders(model: PreTrainedModel):
     for name, size in zip(model.config.encoder_configs, model.config.feature_sizes):
         name = name.removesuffix("_config")
         encoder = model.model.get_submodule(f"{name}_model")
-        expected = (2, *encoder.view.grid, size)
+        expected = (2, *encoder.view.feature_shape, size)
         try:
             _, features = encoder.encode(pictures)
             if features.shape != expected:

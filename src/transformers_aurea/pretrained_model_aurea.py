@@ -39,10 +39,6 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The published precision: both encoders stay in float32. The strict list is for loading in any half precision;
-    # quantisers read the other one, from the start of a module's full name. The fusion adds to both, see `post_init`.
-    _keep_in_fp32_modules_strict = ["vision_model", "spatial_vision_model"]
-    _keep_in_fp32_modules = [r"(?:model\.)?(?:spatial_)?vision_model"]
 
     def __init__(self, config: AureaConfig, *args, **kwargs):
         config.validate_architecture()  # fields may have changed since, and a radius of any size would be built
@@ -69,9 +65,13 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     def post_init(self):
         fusion = self.base_model.fusion
         self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split]
-        self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *fusion.kept_in_fp32]
-        not_quantized = (rf"(?:model\.)?fusion\..*\.{name}" for name in fusion.not_quantized)
-        self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, *not_quantized]
+        # The strict list is for loading in any half precision; quantisers read the other one, from the start of a
+        # module's full name.
+        self._keep_in_fp32_modules_strict = [*fusion.kept_in_fp32]
+        self._keep_in_fp32_modules = [rf"(?:model\.)?fusion\..*\.{name}" for name in fusion.not_quantized]
+        if self.config.encoder_dtype == "float32":
+            self._keep_in_fp32_modules_strict += ["vision_model", "spatial_vision_model"]
+            self._keep_in_fp32_modules += [r"(?:model\.)?(?:spatial_)?vision_model"]
         super().post_init()
         # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}

@@ -2,15 +2,19 @@
 """One eye of an Aurea: any vision encoder of transformers, and all in which one of them differs from the next.
 
 pixels       its own view, cut out of the canvas that the views share
-precision    the encoder's own, float32 as published, without autocast
+precision    float32 as published, or the model's (`encoder_dtype`), without autocast
 positions    interpolated where its view has another size than it was trained with
 gradients    none, and no activations kept, while it is frozen; where it trains, parameters that have no use here
-             (mask tokens, poolers) take part with nothing, for DistributedDataParallel waits for every gradient
-features     those of the patches as a map; class and register tokens, which come first, are dropped
+             (mask tokens, poolers, layers above the one that is asked) take part with nothing, for
+             DistributedDataParallel waits for every gradient
+features     of the last layer or of those asked for, side by side; those of the patches as a map, class and register
+             tokens, which come first, being dropped or, where they are asked for, all of them as tokens
 batch norms  keep the statistics that they were pretrained with
 """
 
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 
 import torch
@@ -32,7 +36,8 @@ class AureaVisionEncoderMixin:
     update_batch_norms: bool
 
     def encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
-        """Pictures `(images, views, 3, H, W)` → the encoder's outputs, and its patch features `(images, h, w, C)`.
+        """Pictures `(images, views, 3, H, W)` → the encoder's outputs, and its features: of patches
+        `(images, h, w, C)`, or of all tokens `(images, N, C)`.
 
         Raises:
             ValueError: the encoder gives other features than its configuration promises.
@@ -42,12 +47,21 @@ class AureaVisionEncoderMixin:
         pixels = pixel_values[:, index, :, :height, :width].to(self.dtype)
         trains = pixels.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
         trains = trains and torch.is_grad_enabled()
+        arguments = self._own_arguments(pixels, trains) | kwargs
+        if self.view.feature_layers is not None:
+            arguments["output_hidden_states"] = True
         with torch.set_grad_enabled(trains), torch.autocast(pixels.device.type, enabled=False):
-            outputs = self(pixels, **self._own_arguments(pixels, trains), **kwargs)
-        features = outputs.last_hidden_state
-        if trains and outputs.get("pooler_output") is not None:
-            features = features + 0 * outputs.pooler_output.sum()
-        return outputs, self._patch_map(features)
+            outputs = self(pixels, **arguments)
+        features, idle = outputs.last_hidden_state, [outputs.get("pooler_output")]
+        if self.view.feature_layers is not None:
+            idle.append(features)
+            features = torch.cat([outputs.hidden_states[layer] for layer in self.view.feature_layers], dim=-1)
+            if not kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                outputs = replace(outputs, hidden_states=None)
+        for output in idle:
+            if trains and output is not None:
+                features = features + 0 * output.sum()
+        return outputs, self._select(features)
 
     def _own_arguments(self, pixels: torch.Tensor, trains: bool) -> dict:
         """Arguments that some encoders need."""
@@ -61,19 +75,19 @@ class AureaVisionEncoderMixin:
             arguments["bool_masked_pos"] = pixels.new_zeros((pixels.shape[0], rows * columns), dtype=torch.bool)
         return arguments
 
-    def _patch_map(self, features: torch.Tensor) -> torch.Tensor:
-        """Tokens (images, N, C), or a convolutional encoder's map (images, C, h, w) → (images, h, w, C)."""
-        rows, columns = self.view.grid
+    def _select(self, features: torch.Tensor) -> torch.Tensor:
+        """Tokens (images, N, C), or a convolutional encoder's map (images, C, h, w) → (images, *feature_shape, C)."""
+        shape = self.view.feature_shape
         is_map = features.ndim == 4
         if is_map:
             features = features.flatten(2).transpose(1, 2)
-        if features.shape[1] < rows * columns or (is_map and features.shape[1] > rows * columns):
+        if features.shape[1] < math.prod(shape) or (is_map and features.shape[1] > math.prod(shape)):
             height, width = self.view.size
             raise ValueError(
                 f"{type(self).__name__} gives {features.shape[1]} patch features for a view of {height}×{width} "
-                f"pixels, which are not the grid of {rows}×{columns} that its configuration promises."
+                f"pixels, which are not the {'×'.join(map(str, shape))} that its configuration promises."
             )
-        return features[:, -rows * columns :].unflatten(1, (rows, columns))
+        return features[:, -math.prod(shape) :].unflatten(1, shape)
 
     def train(self, mode: bool = True):
         """As usual, but that batch norms keep the statistics they were pretrained with.
@@ -89,12 +103,14 @@ class AureaVisionEncoderMixin:
 
 
 def make_encoder(config: AureaConfig, name: str) -> PreTrainedModel | None:
-    """The encoder of this name among `config.encoder_configs`, in float32, new; None if it is not there."""
+    """The encoder of this name among `config.encoder_configs`, new, in `encoder_dtype`; None if it is not there."""
     if name not in config.encoder_configs:
         return None
     encoder_config = config.encoder_configs[name]
     implementation = encoder_attention(encoder_config, encoder_config._attn_implementation)
-    settings = {"attn_implementation": implementation, "dtype": torch.float32, **pooling_settings(encoder_config)}
+    settings = {"attn_implementation": implementation, **pooling_settings(encoder_config)}
+    if config.encoder_dtype == "float32":
+        settings["dtype"] = torch.float32
     encoder = AutoModel.from_config(encoder_config, **settings)
     encoder.__class__ = woven_class(AureaVisionEncoderMixin, type(encoder))
     encoder.view, encoder.update_batch_norms = config.views[name], config.update_batch_norms
