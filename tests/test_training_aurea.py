@@ -214,6 +214,16 @@ class TestSetTrainable:
         with pytest.raises(ValueError, match="'projector' has no parameters"):
             set_trainable(model, "align")
 
+    def test_a_stage_takes_what_a_configuration_has(self):
+        settings = {"feature_fusion_config": {"fusion_type": "none"}, "connector_type": "prefix"}
+        model = AureaForConditionalGeneration(AureaConfig(**tiny_config().to_dict() | settings))
+        trained = {stage: {name for name, (n, _) in set_trainable(model, stage).items() if n} for stage in STAGES}
+        assert trained["align"] == {"projector"}
+        assert trained["instruct"] == {"projector", "language_model"}
+        assert trained["full"] == {"projector", "language_model", "vision"}
+        with pytest.raises(ValueError, match="'fusion' has no parameters"):
+            set_trainable(model, ["projector", "fusion"])
+
     def test_quantised_weights_are_refused(self):
         model = tiny_model()
         weight = model.model.language_model.layers[0].mlp.down_proj

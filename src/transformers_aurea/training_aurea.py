@@ -157,8 +157,9 @@ def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableRep
             "in `LoraConfig(modules_to_save=...)` instead; `GROUP_MODULES` lists them by group."
         )
     parameters = parameter_groups(model)
-    # Of a stage, the encoders that there are.
-    absent = {group for group in ("vision", "spatial_vision") if not parameters[group]}
+    # Of a stage, what there is: a configuration may do without these.
+    optional = ("vision", "spatial_vision", "fusion", "cross_attention")
+    absent = {group for group in optional if not parameters[group]}
     chosen = {group for name in names for group in known[name] if group not in absent or group == name}
     for group in chosen:
         if not parameters[group]:
