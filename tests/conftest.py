@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -81,6 +83,38 @@ def random_pixels(num_images: int, config: AureaConfig, seed: int = 0) -> torch.
     return torch.randn(num_images, 2, 3, height, width, generator=generator)
 
 
+# Stands for a machine on which this package was never installed, also where it is (CI installs it as editable).
+WITHOUT_PACKAGE = """
+import importlib.abc, json, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "transformers_aurea":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import transformers_aurea
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError("the package can be imported")
+"""
+
+
+def run_without_package(script: str, folder: Path, *arguments) -> None:
+    """Runs a script in a fresh process, offline, in `folder`, where this package cannot be imported."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="session")
 def goldens() -> dict[str, torch.Tensor]:
     """Tensors recorded from the original code on the tiny published checkpoint, in fp32."""
@@ -115,3 +149,26 @@ def golden_processor(converted) -> AureaProcessor:
 @pytest.fixture(scope="session")
 def pictures() -> dict[str, Image.Image]:
     return {name: Image.open(FIXTURES / f"image_{name}.png") for name in ("rgb", "rgba", "wide")}
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What would be uploaded, by path in the repository."""
+    import huggingface_hub
+    from transformers.utils import hub
+
+    files = {}
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        for operation in operations:
+            files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
+
+    def create_repo(self, repo_id, **kwargs):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(
+        hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard("---\n---\n# Aurea\n")
+    )
+    return files

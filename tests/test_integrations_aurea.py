@@ -2,15 +2,13 @@
 """The libraries around transformers, unmodified: Trainer, PEFT, TRL, accelerate's placement, the Hub, remote code."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, random_pixels, tiny_config, tiny_model
+from conftest import FIXTURES, random_pixels, run_without_package, tiny_config, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
@@ -21,6 +19,7 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 CODE_FILES = {
     "auxiliary_losses_aurea.py",
     "configuration_aurea.py",
+    "connectors_aurea.py",
     "cross_attention_aurea.py",
     "decoding_aurea.py",
     "fusion_aurea.py",
@@ -31,6 +30,7 @@ CODE_FILES = {
     "modeling_aurea.py",
     "modeling_outputs_aurea.py",
     "name_tables_aurea.py",
+    "own_fusion_aurea.py",
     "parts_aurea.py",
     "pretrained_model_aurea.py",
     "processing_aurea.py",
@@ -495,28 +495,6 @@ class TestTrl:
 
 
 class TestPushToHub:
-    @pytest.fixture
-    def uploads(self, monkeypatch):
-        """What would be uploaded, by path in the repository."""
-        import huggingface_hub
-        from transformers.utils import hub
-
-        files = {}
-
-        def create_commit(self, repo_id, operations, **kwargs):
-            for operation in operations:
-                files[operation.path_in_repo] = Path(operation.path_or_fileobj).read_bytes()
-
-        def create_repo(self, repo_id, **kwargs):
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
-
-        monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
-        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-        monkeypatch.setattr(
-            hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard("---\n---\n# Aurea\n")
-        )
-        return files
-
     def test_model_and_processor_make_a_complete_repository(self, golden_model, golden_processor, uploads, tmp_path):
         golden_model.push_to_hub("someone/aurea")
         processing = {"processing_aurea.py", "image_processing_aurea.py"}
@@ -540,24 +518,6 @@ class TestPushToHub:
         auto_map = json.loads(uploads["processor_config.json"])["auto_map"]
         assert auto_map["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
 
-
-# Stands for a machine on which this package was never installed, also where it is (CI installs it as editable).
-WITHOUT_PACKAGE = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "transformers_aurea":
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import transformers_aurea
-except ModuleNotFoundError:
-    pass
-else:
-    raise AssertionError("the package can be imported")
-"""
 
 LOGITS_SCRIPT = """
 import torch
@@ -621,19 +581,6 @@ report = {
 }
 open("report.json", "w").write(json.dumps(report))
 """
-
-
-def run_without_package(script: str, folder: Path, *arguments) -> None:
-    """Runs a script in a fresh process, offline, in `folder`, where this package cannot be imported."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "home"),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 class TestRemoteCode:

@@ -14,7 +14,7 @@ FILES = sorted(Path(transformers_aurea.__file__).parent.glob("*.py"))
 ORDER = [
     *("spatial_range_attention", "name_tables", "versions", "weaving", "image_processing"),
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
-    *("configuration", "visual_context"),
+    *("own_fusion", "configuration", "visual_context"),
     *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "decoding"),
     *("language_model", "pretrained_model", "parts"),
     *("modeling", "processing"),

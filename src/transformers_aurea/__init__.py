@@ -15,6 +15,7 @@ from transformers import (
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .embedded_model import embedded_model_path
+from .fusion_aurea import AureaFusion, register_fusion
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
 from .hub_kernels_aurea import AureaKernelStatus, configure_kernel, kernel_status
 from .image_processing_aurea import AureaImageProcessor

@@ -8,7 +8,9 @@ The defaults are the published model: SigLIP2 so400m/14 at 224 px (`vision_confi
 
 import copy
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .fusion_aurea import FUSIONS, AureaFusion
 from .name_tables_aurea import enter_name_tables
+from .own_fusion_aurea import check_own_fusion, is_own_fusion, is_remote_code, load_own_fusion, save_own_fusion
 
 
 # `long_factor` of microsoft/Phi-4-mini-instruct. Aurea was trained with it at every length, hence it stands for the
@@ -380,6 +383,23 @@ class AureaConfig(PreTrainedConfig):
                 config.vision_use_head = False
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Runs the code of a fusion that is not ours, if the folder is trusted: by an Auto class, of which this class
+        then is remote code, or by `trust_remote_code=True` here."""
+        is_trusted = kwargs.pop("trust_remote_code", None) or (is_remote_code(cls) and kwargs.get("_from_auto"))
+        config_dict, unused_kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_trusted:
+            load_own_fusion(config_dict, pretrained_model_name_or_path, **kwargs)
+        return config_dict, unused_kwargs
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True):
+        """The file of a fusion that is not ours is written beside the configuration, which names it."""
+        self.auto_map.pop("AureaFusion", None)
+        if is_own_fusion(self.fusion_class):
+            self.auto_map["AureaFusion"] = save_own_fusion(self.fusion_class, Path(json_file_path).parent)
+        super().to_json_file(json_file_path, use_diff)
+
+    @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """Of another model's dictionary transformers would make an Aurea of the published size, with a warning.
 
@@ -391,6 +411,7 @@ class AureaConfig(PreTrainedConfig):
                 f"This is the configuration of a model of type '{model_type}', not of an Aurea. To build one of "
                 "it, see `AureaForConditionalGeneration.from_pretrained_parts`."
             )
+        check_own_fusion(config_dict)
         loaded = super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.validate_architecture()  # as transformers does too, but before it sets what `kwargs` change

@@ -23,9 +23,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from .spatial_range_attention_aurea import AureaNeighborhoodAggregate, AureaSpatialRangeWeights
 
+
+logger = logging.get_logger(__name__)
 
 FUSIONS: dict[str, type["AureaFusion"]] = {}
 
@@ -42,6 +45,8 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
     known = FUSIONS.setdefault(name, fusion_class)
     if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):
         raise ValueError(f"'{name}' is {known.__module__}.{known.__qualname__} already: choose another name.")
+    if fusion_class.__module__ == "__main__":
+        logger.warning_once(f"The fusion '{name}' cannot be saved from `__main__`: put it into a file of its own.")
     FUSIONS[name] = fusion_class  # a notebook's cell, or a file that was loaded again
     return fusion_class
 
