@@ -17,12 +17,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import fusion_config, random_pixels, tiny_config, tiny_model
+from conftest import WITHOUT_PACKAGE, fusion_config, random_pixels, tiny_config, tiny_model
 from safetensors.torch import save_file
 from test_integrations_aurea import (
     CODE_FILES,
     LANGUAGE_MODEL_TARGETS,
-    WITHOUT_PACKAGE,
     Collator,
     example_rows,
     lora_model,

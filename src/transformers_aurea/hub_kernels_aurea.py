@@ -125,6 +125,15 @@ class AureaHubKernelsMixin:
 
     configure_kernel = staticmethod(configure_kernel)
     kernel_status = kernel_status
+    asks_for_kernels = False
+
+    @property
+    def use_kernels(self) -> bool:
+        return self.asks_for_kernels
+
+    @use_kernels.setter
+    def use_kernels(self, value: bool) -> None:
+        self.set_use_kernels(bool(value))
 
     def set_use_kernels(self, use_kernels: bool, kernel_config=None, mode=None) -> None:
         """The kernel in its place, or PyTorch back. Only a `kernel_config` asks for transformers' own kernels too."""
@@ -133,9 +142,9 @@ class AureaHubKernelsMixin:
             vars(layer).pop("why_pytorch", None)
             if isinstance(vars(layer).get("forward"), MethodType):
                 del layer.forward
+        self.asks_for_kernels = use_kernels
         if not use_kernels or kernel_config or self.kernel_config:
             return super().set_use_kernels(use_kernels, kernel_config, mode)
-        self._use_kernels = True
         if not layers or self.device.type == "meta" or type(torch.empty(0)) is not torch.Tensor:  # no data to compare
             return
         source = [os.environ.get(f"AUREA_KERNEL_{name}") or default for name, default in SETTINGS.items()]

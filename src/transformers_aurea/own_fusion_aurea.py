@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_relative_import_files
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .fusion_aurea import FUSIONS, AureaFusion, register_fusion
@@ -96,8 +96,19 @@ def _own_fusion(config_dict: dict) -> tuple[str | None, str | None]:
 
 
 def _sources(cls: type) -> dict[str, bytes]:
-    file = sys.modules[cls.__module__].__file__
-    return {Path(name).name: Path(name).read_bytes() for name in (file, *get_relative_import_files(file))}
+    return {file.name: file.read_bytes() for file in _with_imported_files(Path(sys.modules[cls.__module__].__file__))}
+
+
+def _with_imported_files(path: Path) -> set[Path]:
+    """A file, and all beside it that it imports by relative names, these and what they import."""
+    files, left = set(), [path]
+    while left:
+        file = left.pop()
+        files.add(file)
+        nodes = [node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.ImportFrom)]
+        names = {node.module for node in nodes if node.level == 1}
+        left += {file.with_name(f"{name}.py") for name in names} - files
+    return files
 
 
 def _flatten(path: Path) -> tuple[bytes, list[Path]]:
@@ -108,7 +119,7 @@ def _flatten(path: Path) -> tuple[bytes, list[Path]]:
     """
     # In every folder is the configuration's code, with all that it imports.
     configuration = Path(__file__).with_name("configuration_aurea.py")
-    ours = {Path(file).stem for file in (configuration, *get_relative_import_files(configuration))}
+    ours = {file.stem for file in _with_imported_files(configuration)}
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
     imports = [node for node in ast.walk(ast.parse(b"".join(lines))) if isinstance(node, (ast.Import, ast.ImportFrom))]
     beside = []
