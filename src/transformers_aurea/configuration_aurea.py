@@ -254,8 +254,9 @@ class AureaConfig(PreTrainedConfig):
             Width of the gated MLP of a cross-attention block.
         cross_attention_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the RMS norms of a cross-attention block.
-        projector_hidden_size (`int`, *optional*, defaults to four times the fusion's output):
-            Inner width of the projector.
+        projector_hidden_size (`int`, *optional*):
+            Inner width of the projector; by default eight times the channels of the spatial encoder, or of the only
+            one, which is four times the published fusion's output.
         image_token_id (`int`, *optional*, defaults to 200010):
             Id of the placeholder of which the text holds one per picture. A converted checkpoint has its tokenizer's.
         initializer_range (`float`, *optional*, defaults to 0.02):
