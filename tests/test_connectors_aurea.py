@@ -263,6 +263,31 @@ class TestBadInput:
             with pytest.raises(ValueError, match=rf"`{given}` were given.*'{connector_type}'.*Give `{wanted}`"):
                 model(torch.tensor([[5, 6]]), **{given: states})
 
+    def test_one_of_two_that_go_together(self):
+        with pytest.raises(ValueError, match=r'without `image_embeds`.*"both"'):
+            connected_model("both")(torch.tensor([[5, 6]]), cross_attention_states=torch.zeros(1, 4, 32))
+
+    def test_visual_tokens_that_no_placeholder_shows(self):
+        model, run = connected_model("prefix"), [IMAGE_TOKEN_ID] * 4
+        embeds = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))
+        for row in ([5, 6], [5, *run], [5, *run[1:], 6]):
+            with pytest.raises((ValueError, RuntimeError), match=r"placeholders per row for 8 visual tokens"):
+                model(torch.tensor([row]), image_embeds=embeds, use_cache=False)
+        row = torch.tensor([[5, *run, 7, *run, 6]])
+        with torch.no_grad():
+            expected = model(row, image_embeds=embeds, num_images=torch.tensor([2])).logits
+            assert torch.equal(model(row, image_embeds=embeds).logits, expected)
+
+    @pytest.mark.parametrize("prefix_mask", ["pictures", "prompt"])
+    def test_an_attention_that_takes_no_such_mask(self, prefix_mask):
+        model = connected_model("prefix", prefix_mask)
+        _, inputs = rows_of(model)
+        AttentionInterface.register("maskless", sdpa_attention_forward)
+        AttentionMaskInterface.register("maskless", lambda *args, **kwargs: None)  # as FlashAttention's is
+        model.model.language_model.config._attn_implementation = "maskless"
+        with pytest.raises(ValueError, match=rf"'{prefix_mask}', but the attention 'maskless' of a 'phi3'"):
+            model(**inputs)
+
     def test_placeholders_of_a_processor_for_another_connector(self):
         pixels = random_pixels(1, tiny_config())
         with pytest.raises((ValueError, RuntimeError), match=r"Give 4 per picture.*`image_seq_length=4`"):
@@ -291,6 +316,20 @@ class TestBadInput:
         model = connected_model("prefix", prefix_mask)
         with pytest.raises(ValueError, match=rf"`prefill_chunk_size` is 2.*'{prefix_mask}'"):
             model.generate(torch.tensor([[5, 6, 7, 8]]), prefill_chunk_size=2, **GREEDY)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("prefix", "prefix"), ("both", "prefix"), ("prefix", "both")])
+def test_an_assistant_of_another_connector_looks_once_with_its_own_eyes(ours, theirs):
+    model, assistant = connected_model(ours), connected_model(theirs, family="llama")
+    rows, inputs = rows_of(model)
+    turn = {"input_ids": torch.tensor(rows[:1]), "pixel_values": inputs["pixel_values"][:2]}
+    looks = []
+    assistant.model.vision_model.register_forward_hook(lambda *_: looks.append(1))
+    settings = {**GREEDY, "max_new_tokens": 10, "suppress_tokens": [IMAGE_TOKEN_ID]}
+    assert torch.equal(
+        model.generate(**turn, **settings, assistant_model=assistant), model.generate(**turn, **settings)
+    )
+    assert len(looks) == 1
 
 
 @pytest.fixture
@@ -358,6 +397,12 @@ class TestProcessor:
         assert (long["labels"] != image_token_id).all()
         trained = [batch["labels"][batch["labels"] != -100].tolist() for batch in batches]
         assert trained[0] == trained[1] and trained[0]
+
+    def test_independent_turns_of_which_all_but_the_first_would_see_nothing(self, expanding, pictures):
+        answers = [CHAT[0], CHAT[1], {"role": "user", "content": [{"type": "text", "text": "Two?"}]}, CHAT[3]]
+        row = {"id": "a", "messages": answers, "images": [pictures["rgb"]]}
+        with pytest.raises(ValueError, match=r"pictures and 2 answers.*`image_seq_length`"):
+            AureaDataCollator(expanding, independent_turns=True)([row])
 
     def test_a_row_is_refused_where_a_run_would_be_cut(self, expanding, pictures):
         row = {"id": "a", "messages": CHAT[:2], "images": [pictures["rgb"]]}

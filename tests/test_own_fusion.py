@@ -15,6 +15,7 @@ import torch
 from conftest import IMAGE_TOKEN_ID, random_pixels, run_without_package, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_relative_imports
 
 import transformers_aurea
@@ -151,11 +152,79 @@ class TestPromises:
         with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) promises .*\(2, 9, 20\).*gives \(2, 8, 20\)"):
             model(**two_pictures(model))
 
+    @pytest.mark.parametrize("given", ["None", "(tokens, tokens)"])
+    def test_what_is_no_tensor_is_named(self, write, given):
+        text = OWN_FUSION.replace("return self.proj(", "tokens = self.proj(")
+        write(text.replace("\n\n\nregister(", f"\n        return {given}\n\n\nregister("))
+        model = eight_model()
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) promises .*gives (NoneType|tuple)\. Correct"):
+            model(**two_pictures(model))
+
+    def test_a_class_that_is_no_fusion_is_not_registered(self):
+        with pytest.raises(TypeError, match="subclass of `AureaFusion`"):
+            register_fusion("linear", torch.nn.Linear)
+
     def test_an_unknown_name_lists_what_there_is(self, own):
         with pytest.raises(
             StrictDataclassError, match=r"'nine', but .*'spatial_range',.* 'eight'. Of your own, import"
         ):
             tiny_config(feature_fusion_config={"fusion_type": "nine"})
+
+
+DECLARING = """
+import torch
+from torch import nn
+from transformers_aurea import AureaFusion, register_fusion
+
+
+class Declaring(AureaFusion):
+    kept_in_fp32 = ("norm",)
+    not_quantized = ("gate",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_tokens, self.output_dim = config.feature_fusion_config.num_latents, 32
+        self.latents = nn.Parameter(torch.full((self.num_tokens, 32), 0.25))
+        self.norm = nn.LayerNorm(config.feature_sizes[0])
+        self.gate = nn.Linear(config.feature_sizes[0], 32)
+
+    def forward(self, semantic_features, spatial_features):
+        mean = self.norm(semantic_features.float()).mean(dim=(1, 2), keepdim=True).flatten(1, 2)
+        return self.gate(mean.to(self.gate.weight.dtype)) + self.latents
+
+
+register_fusion("declaring", Declaring)
+"""
+
+
+class TestDeclarations:
+    @pytest.fixture
+    def settings(self, write):
+        write(DECLARING)
+        return {"feature_fusion_config": {"fusion_type": "declaring", "num_latents": 3}}
+
+    def test_precision_is_that_of_its_own_parameters_alone(self, settings, tmp_path):
+        tiny_model(**settings).save_pretrained(tmp_path / "saved")
+        model = AureaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+        kept = {name for name, parameter in model.named_parameters() if parameter.dtype is torch.float32}
+        kept = {name for name in kept if "vision_model" not in name}
+        assert kept == {"model.fusion.norm.weight", "model.fusion.norm.bias"}
+        pixels = random_pixels(1, model.config)
+        assert model(torch.tensor([[5, IMAGE_TOKEN_ID]]), pixel_values=pixels).logits.isfinite().all()
+
+    def test_quantisers_leave_what_it_names(self, settings):
+        patterns = tiny_model(**settings)._keep_in_fp32_modules
+        assert any(re.match(pattern, "model.fusion.gate") for pattern in patterns)
+        assert not any(re.match(pattern, "model.language_model.layers.0.gate") for pattern in patterns)
+
+    def test_made_of_parts_it_begins_as_it_says(self, settings):
+        donor = tiny_model()
+        parts = {"vision": donor.model.vision_model, "spatial_vision": donor.model.spatial_vision_model}
+        text = AutoModelForCausalLM.from_config(donor.config.text_config)
+        model = AureaForConditionalGeneration.from_pretrained_parts(
+            **parts, text=text, image_token_id=IMAGE_TOKEN_ID, **settings
+        )
+        assert (model.model.fusion.latents == 0.25).all() and model.model.fusion.num_tokens == 3
 
 
 class TestSavedFiles:

@@ -59,6 +59,11 @@ class AureaConnector:
                 f"`{wrong[0]}` were given, but the model's `connector_type` is {self.type!r}, which has no use for "
                 f"them. Give `{right}`."
             )
+        if self.type == "both" and cross_attention_states is not None and image_embeds is None:
+            raise ValueError(
+                "`cross_attention_states` were given without `image_embeds`, but the model's `connector_type` is "
+                '"both": its placeholders would stay words. Give the same visual tokens as `image_embeds` too.'
+            )
         sizes = self.tokens_per_image, self.placeholders_per_image
         return AureaVisualContext(image_tokens, num_images, cross_attention_states, image_embeds, *sizes)
 
@@ -120,7 +125,7 @@ class AureaConnector:
             blocks = blocks if prompt_blocks is None else prompt_blocks
         if blocks is None:
             return attention_mask
-        return create_masks_for_generate(
+        mask = create_masks_for_generate(
             config=config,
             inputs_embeds=torch.empty(*blocks.shape, 0, dtype=config.dtype, device=blocks.device),
             attention_mask=attention_mask,
@@ -128,6 +133,14 @@ class AureaConnector:
             block_sequence_ids=blocks,
             **{CACHE_NAME: cache},
         )
+        masks = mask.values() if isinstance(mask, dict) else [mask]
+        if blocks.shape[1] > 1 and any(one is None or one is attention_mask for one in masks):
+            raise ValueError(
+                f"`prefix_mask` is {self.prefix_mask!r}, but the attention {config._attn_implementation!r} of a "
+                f"'{config.model_type}' takes no mask of single tokens, and would read the text causally. Choose "
+                '`attn_implementation="sdpa"`, another language model, or `prefix_mask="causal"`.'
+            )
+        return mask
 
 
 __all__ = ["AureaConnector"]

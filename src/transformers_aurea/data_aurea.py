@@ -394,6 +394,12 @@ class AureaDataCollator:
             raise ValueError(f"picture {missing[0]} is missing: it is None")
         images = [_open_picture(image, number) for number, image in enumerate(row["images"])]
         conversations = _separate(messages) if self.independent_turns else [messages]
+        if images and len(conversations) > 1 and self.processor.image_seq_length > 1:
+            raise ValueError(
+                f"it has pictures and {len(conversations)} answers: with `independent_turns` the pictures stand "
+                f"before the first alone, and a model whose text holds {self.processor.image_seq_length} tokens of "
+                "each (`image_seq_length`) would show them to no other. Give a row for each answer"
+            )
         inputs, trained = self._tokenize(conversations, images)
         lengths = [len(tokens) for tokens in inputs["input_ids"]]
         input_ids = torch.tensor([token for tokens in inputs["input_ids"] for token in tokens])  # (T,)

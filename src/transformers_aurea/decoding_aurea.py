@@ -108,7 +108,8 @@ class AureaGenerationMixin(GenerationMixin):
             # Pixels beside states are what an assistant gets from the model it drafts for. Its own encoders look once,
             # in the first round; after that its cache knows.
             if states is not None and (has_cached_states or images_in_cache(cache) is not None):
-                return model_kwargs | {"image_embeds": None}
+                names = {"pixel_values", *VISUAL_INPUTS}
+                return {name: value for name, value in model_kwargs.items() if name not in names}
             inputs_embeds = model_kwargs.get("inputs_embeds")
             image_tokens = self.model.get_placeholder_mask(
                 input_ids if inputs_embeds is None else None, inputs_embeds, model_kwargs.get("mm_token_type_ids")
@@ -122,6 +123,7 @@ class AureaGenerationMixin(GenerationMixin):
                 cache.reset()  # the whole text was given, and is read again
             image_features = self.get_image_features(pixel_values).pooler_output
             states, num_images = group_by_row(image_features, counts)
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
             model_kwargs |= connector.inputs(states, num_images)
         if states is not None and has_cached_states:
             cache.forget_visual_states()

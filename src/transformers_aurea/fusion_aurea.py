@@ -37,10 +37,11 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
     """Makes a fusion known by name: `feature_fusion_config={"fusion_type": name}`.
 
     Raises:
-        TypeError: `fusion_class` is no subclass of `torch.nn.Module`.
+        TypeError: `fusion_class` is no subclass of [`AureaFusion`].
         ValueError: another class has the name.
     """
-    if not (isinstance(fusion_class, type) and issubclass(fusion_class, nn.Module)):
+    # By name: a folder's fusion derives from the folder's own copy of the class.
+    if not (isinstance(fusion_class, type) and "AureaFusion" in {base.__name__ for base in fusion_class.__mro__}):
         raise TypeError(f"A fusion is a subclass of `AureaFusion`, got {fusion_class!r}.")
     known = FUSIONS.setdefault(name, fusion_class)
     if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):

@@ -180,11 +180,12 @@ class AureaModel(AureaPreTrainedModel):
             tokens, fused_map = self.fusion(*features), None
         num_images = next(one.shape[0] for one in features if one is not None)
         promised = (num_images, self.fusion.num_tokens, self.fusion.output_dim)
-        if tuple(tokens.shape) != promised:
+        given = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        if given != promised:
             raise RuntimeError(
                 f"The fusion '{self.config.feature_fusion_config.fusion_type}' ({type(self.fusion).__name__}) "
                 f"promises tokens of the shape {promised} (pictures, `num_tokens`, `output_dim`) and gives "
-                f"{tuple(tokens.shape)}. Correct its `__init__` or its `forward`."
+                f"{given}. Correct its `__init__` or its `forward`."
             )
         return tokens, fusion_losses(self.config, tokens, fused_map, features) if wants_losses else None
 

@@ -34,7 +34,9 @@ from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
+from .fusion_aurea import FUSIONS
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
+from .own_fusion_aurea import is_own_fusion
 from .vision_encoder_aurea import pooling_settings
 
 
@@ -88,8 +90,14 @@ def check_overrides(config_overrides: dict) -> None:
         raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
     _check_names((name for name in config_overrides if name != "fusion_config"), AureaConfig, own)
     for name in ("feature_fusion_config", "fusion_config"):  # the latter until version 0.1
-        if isinstance(fusion := config_overrides.get(name), dict):
+        fusion = config_overrides.get(name)
+        if isinstance(fusion, dict) and not _has_settings_of_its_own(fusion):
             _check_names(fusion, AureaFusionConfig)
+
+
+def _has_settings_of_its_own(fusion: dict) -> bool:
+    fusion_class = FUSIONS.get(fusion.get("fusion_type"))
+    return fusion_class is not None and is_own_fusion(fusion_class)
 
 
 def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], excluded: Iterable[str] = ()):
@@ -299,6 +307,9 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     missing = sorted(name for name in places.keys() - state_dict.keys() if not name.startswith(new))
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
+    if is_own_fusion(skeleton.config.fusion_class):  # which may begin its parameters otherwise than the loader would
+        fusion = skeleton.config.fusion_class(skeleton.config)
+        state_dict |= {f"model.fusion.{name}": tensor for name, tensor in fusion.state_dict().items()}
     zero_layers = tuple(f"{layer}.weight" for layer in ZERO_LAYERS)
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(zero_layers)}
     return state_dict | zeros

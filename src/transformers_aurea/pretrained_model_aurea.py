@@ -67,8 +67,8 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split]
         # The strict list is for loading in any half precision; quantisers read the other one, from the start of a
         # module's full name.
-        self._keep_in_fp32_modules_strict = [*fusion.kept_in_fp32]
-        self._keep_in_fp32_modules = [rf"(?:model\.)?fusion\..*\.{name}" for name in fusion.not_quantized]
+        self._keep_in_fp32_modules_strict = [f"fusion.*{name}" for name in fusion.kept_in_fp32]  # a glob
+        self._keep_in_fp32_modules = [rf"(?:model\.)?fusion\.(?:.*\.)?{name}" for name in fusion.not_quantized]
         if self.config.encoder_dtype == "float32":
             self._keep_in_fp32_modules_strict += ["vision_model", "spatial_vision_model"]
             self._keep_in_fp32_modules += [r"(?:model\.)?(?:spatial_)?vision_model"]

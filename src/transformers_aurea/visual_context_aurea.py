@@ -59,6 +59,15 @@ class AureaVisualContext:
         """Lets new pictures take the place of those in the cache, which counts the placeholders of its text."""
         if cache is None:
             self.placeholders = self.image_tokens.long().cumsum(dim=1)
+            if self.image_embeds is not None:
+                torch_compilable_check(
+                    (self.placeholders[:, -1:] >= self.tokens_to_place).all(),
+                    lambda: (
+                        f"The text has {self.placeholders[:, -1].tolist()} placeholders per row for "
+                        f"{self.tokens_to_place} visual tokens in `image_embeds`, some of which would not be seen. "
+                        f"Give {self.placeholders_per_image} placeholders per picture, or `num_images`."
+                    ),
+                )
             return
         if self.states is not None:
             weave_cache(cache)
@@ -99,8 +108,14 @@ class AureaVisualContext:
     @property
     def filled(self) -> torch.Tensor:
         """(batch, T): the placeholders that a visual token fills; one that was generated stays a word."""
-        num_images = 1 if self.num_images is None else self.num_images[:, None]
-        return self.image_tokens & (self.placeholders <= num_images * self.placeholders_per_image)
+        return self.image_tokens & (self.placeholders <= self.tokens_to_place)
+
+    @property
+    def tokens_to_place(self) -> torch.Tensor | int:
+        """Visual tokens of each row, (batch, 1) or a number for all."""
+        if self.num_images is None:
+            return self.image_embeds.shape[1]
+        return self.num_images[:, None] * self.placeholders_per_image
 
     def fill(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """The text's embeddings (batch, T, C) with visual tokens in the place of its placeholders."""
