@@ -192,8 +192,13 @@ class AureaFusionConfig(PreTrainedConfig):
         super().validate_architecture()
         if self.fusion_type not in _FORMER_FUSIONS:
             self.fusion_class  # noqa: B018 - raises
-        for name in ("depth", "radius", "output_dim", "num_attention_heads"):
-            value = getattr(self, name)
+        sizes = {
+            "depth": self.depth,
+            "radius": self.radius,
+            "output_dim": self.output_dim,
+            "num_attention_heads": self.num_attention_heads,
+        }
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"`feature_fusion_config.{name}` must be at least 1, got {value}.")
 
@@ -459,7 +464,7 @@ class AureaConfig(PreTrainedConfig):
 
     def _of_encoders(self, setting: str) -> list:
         """The value of a setting such as `image_size` for each of `encoder_configs`."""
-        return [getattr(self, name.replace("config", setting)) for name in self.encoder_configs]
+        return [vars(self)[name.replace("config", setting)] for name in self.encoder_configs]
 
     @property
     def view_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -310,7 +311,7 @@ class AuxiliaryLossLogger(TrainingLogger):
         self._hooks.append(model.register_forward_hook(self._record))
 
     def _record(self, module: nn.Module, inputs: tuple, output) -> None:
-        losses = getattr(output, "auxiliary_losses", None)
+        losses = output.get("auxiliary_losses") if isinstance(output, ModelOutput) else None
         if module.training and losses:
             for name, loss in losses.items():
                 total, count = self._sums.get(name, (0.0, 0))
