@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.pytorch_utils import Conv1D
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, training_aurea
+from transformers_aurea.modeling_outputs_aurea import AureaCausalLMOutputWithPast
 from transformers_aurea.training_aurea import (
     GROUP_MODULES,
     LORA_TARGETS,
@@ -696,7 +697,7 @@ class TestAuxiliaryLossLogger:
     def test_evaluation_does_not_count(self, tmp_path):
         model = tiny_model()
         logger = AuxiliaryLossLogger()
-        output = SimpleNamespace(auxiliary_losses={"feature_diversity": torch.tensor(3.0)})
+        output = AureaCausalLMOutputWithPast(auxiliary_losses={"feature_diversity": torch.tensor(3.0)})
         logger._record(model.eval(), (), output)
         assert logger.take_sums({}) == {}
         logger._record(model.train(), (), output)
