@@ -34,6 +34,7 @@ CODE_FILES = {
     "parts_aurea.py",
     "pretrained_model_aurea.py",
     "processing_aurea.py",
+    "projector_aurea.py",
     "spatial_range_attention_aurea.py",
     "versions_aurea.py",
     "vision_encoder_aurea.py",

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
 from .fusion_aurea import FUSIONS, AureaFusion
@@ -225,6 +226,9 @@ class AureaConfig(PreTrainedConfig):
             What visual tokens in the text see: `"causal"`, what stands before them; `"pictures"`, all of their own
             picture too; `"prompt"`, the whole prompt sees itself: in training what stands before the first label, in
             generation all that is given at first.
+        first_position_id (`int`, *optional*, defaults to 0):
+            Position of a text's first token, where `position_ids` are not given and when `generate` makes them. Of
+            those that are given to `generate` it is added to each, as to those that it makes.
         vision_image_size (`int` or `list[int]`, *optional*, defaults to `vision_config.image_size`):
             Side, or height and width, in pixels of view 0.
         spatial_vision_image_size (`int` or `list[int]`, *optional*):
@@ -239,7 +243,7 @@ class AureaConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"`, the semantic encoder's features of patches alone, as a map; `"full"`, its class and register
             tokens too, which come first, for a fusion that takes tokens without a grid: `"interleave"`,
-            `"cross_attention"` or `"none"`.
+            `"cross_attention"` or `"none"`; `"drop_first"`, all of these but the first, whatever that is.
         spatial_vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             Likewise, of the spatial encoder.
         encoder_dtype (`str`, *optional*, defaults to `"float32"`):
@@ -262,6 +266,15 @@ class AureaConfig(PreTrainedConfig):
         projector_hidden_size (`int`, *optional*):
             Inner width of the projector; by default eight times the channels of the spatial encoder, or of the only
             one, which is four times the published fusion's output.
+        projector_num_layers (`int`, *optional*, defaults to 2):
+            Linear layers of the projector, 1 or 2; a single one has neither inner width nor activation.
+        projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
+            Activation between them, a name of `transformers.activations.ACT2FN`.
+        projector_bias (`bool`, *optional*, defaults to `False`):
+            Whether they have a bias.
+        lm_head_type (`str`, *optional*, defaults to `"own"`):
+            `"own"`, the language model's head, with all that it does to the logits (scales, caps, biases, several
+            layers) and its own loss; or `"linear"`, one linear layer on the decoder's output, as in LLaVA.
         image_token_id (`int`, *optional*, defaults to 200010):
             Id of the placeholder of which the text holds one per picture. A converted checkpoint has its tokenizer's.
         initializer_range (`float`, *optional*, defaults to 0.02):
@@ -310,12 +323,13 @@ class AureaConfig(PreTrainedConfig):
     feature_fusion_config: dict | PreTrainedConfig | None = None
     connector_type: Literal["cross_attention", "prefix", "both"] = "cross_attention"
     prefix_mask: Literal["causal", "pictures", "prompt"] = "causal"
+    first_position_id: int = 0
     vision_image_size: int | list[int] | tuple[int, int] | None = None
     spatial_vision_image_size: int | list[int] | tuple[int, int] | None = None
     vision_feature_layer: int | list[int] | None = None
     spatial_vision_feature_layer: int | list[int] | None = None
-    vision_feature_select_strategy: Literal["default", "full"] = "default"
-    spatial_vision_feature_select_strategy: Literal["default", "full"] = "default"
+    vision_feature_select_strategy: Literal["default", "full", "drop_first"] = "default"
+    spatial_vision_feature_select_strategy: Literal["default", "full", "drop_first"] = "default"
     encoder_dtype: Literal["float32", "auto"] = "float32"
     cross_attention_layers: list[int] | None = None
     cross_attention_num_heads: int | None = None
@@ -324,6 +338,10 @@ class AureaConfig(PreTrainedConfig):
     cross_attention_intermediate_size: int | None = None
     cross_attention_norm_eps: float = 1e-5
     projector_hidden_size: int | None = None
+    projector_num_layers: Literal[1, 2] = 2
+    projector_hidden_act: str = "silu"
+    projector_bias: bool = False
+    lm_head_type: Literal["own", "linear"] = "own"
     image_token_id: int = 200010
     initializer_range: float = 0.02
     tie_word_embeddings: bool | None = None
@@ -458,7 +476,9 @@ class AureaConfig(PreTrainedConfig):
         """Rows and columns of each encoder's features, or the number of tokens alone where class tokens are kept."""
         parts = zip(self.encoder_configs.values(), self.view_sizes, self._of_encoders("feature_select_strategy"))
         return tuple(
-            (_num_tokens(config, size),) if strategy == "full" else _grid(size, config)
+            _grid(size, config)
+            if strategy == "default"
+            else (_num_tokens(config, size) - (1 if strategy == "drop_first" else 0),)
             for config, size, strategy in parts
         )
 
@@ -539,8 +559,13 @@ class AureaConfig(PreTrainedConfig):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
-        if self.image_token_id < 0:
-            raise ValueError(f"`image_token_id` must be 0 or greater, got {self.image_token_id}.")
+        for name in ("image_token_id", "first_position_id"):
+            if (number := vars(self)[name]) < 0:
+                raise ValueError(f"`{name}` must be 0 or greater, got {number}.")
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` is {self.projector_hidden_act!r}, but transformers knows {', '.join(ACT2FN)}."
+            )
         self._validate_heads()
         self._validate_views()
         self._validate_connector()
@@ -558,11 +583,11 @@ class AureaConfig(PreTrainedConfig):
             if layers is not None:
                 _validate_layers(name, config, layers)
         for name, strategy in zip(self.encoder_configs, self._of_encoders("feature_select_strategy")):
-            if strategy == "full":
-                self._validate_keeps_all_tokens(name)
+            if strategy != "default":
+                self._validate_keeps_all_tokens(name, strategy)
 
-    def _validate_keeps_all_tokens(self, name: str):
-        setting = f'`{name.replace("config", "feature_select_strategy")}="full"`'
+    def _validate_keeps_all_tokens(self, name: str, strategy: str):
+        setting = f'`{name.replace("config", "feature_select_strategy")}="{strategy}"`'
         config, fusion = self.encoder_configs[name], self.feature_fusion_config.fusion_type
         if _is_hierarchical(config):
             raise ValueError(

@@ -29,6 +29,7 @@ class AureaConnector:
     def __init__(self, config: AureaConfig):
         self.type = config.connector_type
         self.prefix_mask = config.prefix_mask
+        self.first_position_id = config.first_position_id
         self.weaves = config.connector_type in ("cross_attention", "both")
         self.fills = config.fills_placeholders
         self.tokens_per_image = config.tokens_per_image
@@ -81,18 +82,35 @@ class AureaConnector:
             inputs_embeds = embed(input_ids.masked_fill(context.filled, 0))
         return {"input_ids": None, "inputs_embeds": context.fill(inputs_embeds)}
 
-    def prompt_blocks(self, labels: torch.Tensor | None, position_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """(batch, T): 0 where a token stands before the first label of its row, -1 elsewhere. In rows of several
-        texts, told by positions that begin anew, each has a number of its own. None where nothing asks for it."""
-        if labels is None or self.prefix_mask != "prompt":
+    def position_ids(
+        self, position_ids: torch.Tensor | None, image_tokens: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor | None:
+        """(1, T), from `first_position_id` on, where none are given and the language model would begin at 0."""
+        if position_ids is not None or self.first_position_id == 0:
+            return position_ids
+        places = torch.arange(image_tokens.shape[1], device=image_tokens.device)[None]
+        return places + self.first_position_id + (0 if cache is None else cache.get_seq_length())
+
+    def prompt_blocks(
+        self,
+        labels: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """(batch, T): 0 where a token's type is 0 or, without types, where it stands before the first label of its
+        row; -1 elsewhere. In rows of several texts, told by positions that begin anew, each has a number of its own.
+        None where nothing asks for it."""
+        told = labels if token_type_ids is None else token_type_ids
+        if told is None or self.prefix_mask != "prompt":
             return None
-        is_label = (labels != -100).long()
-        labels_so_far = is_label.cumsum(dim=1)
-        if position_ids is None or position_ids.shape != labels.shape:
-            return torch.where(labels_so_far == 0, 0, -1)
-        starts = position_ids == 0
-        labels_before_text = torch.where(starts, labels_so_far - is_label, 0).cummax(dim=1).values
-        return torch.where(labels_so_far == labels_before_text, starts.cumsum(dim=1), -1)
+        is_answer = ((labels != -100) if token_type_ids is None else (token_type_ids != 0)).long()
+        has_texts = position_ids is not None and position_ids.shape == told.shape
+        starts = position_ids == self.first_position_id if has_texts else torch.zeros_like(told, dtype=torch.bool)
+        if token_type_ids is not None:
+            return torch.where(is_answer == 0, starts.cumsum(dim=1), -1)
+        answers_so_far = is_answer.cumsum(dim=1)
+        answers_before_text = torch.where(starts, answers_so_far - is_answer, 0).cummax(dim=1).values
+        return torch.where(answers_so_far == answers_before_text, starts.cumsum(dim=1), -1)
 
     def mask(
         self,

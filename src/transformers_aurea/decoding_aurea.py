@@ -26,8 +26,11 @@ class AureaGenerationMixin(GenerationMixin):
         num_images: torch.LongTensor | None = None,
         cache: Cache | None = None,
         prompt_length: int | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ):
+        if token_type_ids is not None and self.config.prefix_mask != "prompt":
+            kwargs["token_type_ids"] = token_type_ids  # the language model's own
         cache = one_cache(cache, past_key_values)
         model_inputs = self.causal_lm.prepare_inputs_for_generation(
             input_ids, **{CACHE_NAME: cache}, inputs_embeds=inputs_embeds, **kwargs
@@ -53,7 +56,12 @@ class AureaGenerationMixin(GenerationMixin):
         if self.config.prefix_mask == "prompt":
             given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1] + input_ids.shape[1]
             places = torch.arange(given - text.shape[1], given, device=text.device).expand(text.shape[:2])
-            model_inputs["prompt_blocks"] = torch.where(places < prompt_length, 0, -1)
+            is_prompt = places < prompt_length
+            if token_type_ids is not None:  # as long as the text: `generate` adds one for each token
+                is_prompt = is_prompt & (token_type_ids[:, -text.shape[1] :] == 0)
+            model_inputs["prompt_blocks"] = torch.where(is_prompt, 0, -1)
+        if self.config.first_position_id and model_inputs.get("position_ids") is not None:
+            model_inputs["position_ids"] = model_inputs["position_ids"] + self.config.first_position_id
         return model_inputs
 
     def _supports_default_dynamic_cache(self) -> bool:

@@ -22,11 +22,13 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError, optional_field
@@ -77,7 +79,39 @@ def check_is_decoder(text_config: PreTrainedConfig) -> None:
 def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
     """The language model of `config.text_config`, with its head; raises what `check_is_decoder` does."""
     check_is_decoder(config.text_config)
+    if config.lm_head_type == "linear":
+        return AureaLinearHeadForCausalLM._from_config(config.text_config)
     return AutoModelForCausalLM.from_config(config.text_config)
+
+
+class AureaLinearHeadForCausalLM(PreTrainedModel, GenerationMixin):
+    """Any decoder with one linear layer for a head, whatever its own head would do to the logits."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self, labels: torch.LongTensor | None = None, logits_to_keep: int | torch.Tensor = 0, **kwargs
+    ) -> CausalLMOutputWithPast:
+        """Arguments beside those of the decoder are `labels` and `logits_to_keep`, as in any causal language model."""
+        hidden_states = self.model(**kwargs).last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(hidden_states[:, kept]), None  # (batch, T, vocabulary)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 class _Reached(Exception):

@@ -42,6 +42,7 @@ from .language_model_aurea import (
 from .modeling_outputs_aurea import AureaCausalLMOutputWithPast, AureaImageFeaturesOutput, AureaModelOutputWithPast
 from .parts_aurea import AureaFromPartsMixin
 from .pretrained_model_aurea import AureaPreTrainedModel, is_sharded
+from .projector_aurea import AureaMultiModalProjector
 from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 from .vision_encoder_aurea import batch_norms, in_evaluation_mode, make_encoder
 from .visual_cache_aurea import holds_visual_states
@@ -55,22 +56,6 @@ from .visual_context_aurea import (
 
 
 logger = logging.get_logger(__name__)
-
-
-class AureaMultiModalProjector(nn.Module):
-    """From the fusion's channels to the language model's."""
-
-    def __init__(self, config: AureaConfig, fused_size: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(fused_size, config.projector_hidden_size, bias=False)
-        self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(config.projector_hidden_size, config.text_config.hidden_size, bias=False)
-
-    def forward(self, fused_features: torch.Tensor) -> torch.Tensor:
-        # As a matrix: of a batch of tokens an 8-bit layer of bitsandbytes gives a view that autograd lets nobody write
-        # to, and the 8-bit layers that read it, here the blocks' `k_proj` and `v_proj`, do so on a CPU.
-        projected = self.linear_2(self.act(self.linear_1(fused_features.flatten(0, 1))))
-        return projected.unflatten(0, fused_features.shape[:2])
 
 
 class AureaModel(AureaPreTrainedModel):
@@ -192,6 +177,8 @@ class AureaModel(AureaPreTrainedModel):
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         shape = (len(self.config.views), 3, *self.config.canvas)
         given = tuple(pixel_values.shape[1:])
+        if shape[0] == 1 and len(given) == 3:  # of an image processor that knows of no views
+            given = (1, *given)
         if shape[0] == 1 and given[:1] == (2,):  # a processor for two encoders: the other's view may be the larger
             shape = (2, 3, max(shape[2], given[2]), max(shape[3], given[3]))
         if given != shape:
@@ -257,6 +244,7 @@ class AureaModel(AureaPreTrainedModel):
         context.enter(cache)
         words = self.connector.fill(context, input_ids, inputs_embeds, self.get_input_embeddings())
         text_config, use_cache = self.language_model.config, self._uses_cache(use_cache)
+        position_ids = self.connector.position_ids(position_ids, image_tokens, cache)
         attention_mask = self.connector.mask(
             context, attention_mask, prompt_blocks, text_config, cache, position_ids, self.training
         )
@@ -367,7 +355,17 @@ class AureaModel(AureaPreTrainedModel):
 
 
 class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, AureaGenerationMixin):
-    """[`AureaModel`] with the language model's own head: from pictures and text to text."""
+    """[`AureaModel`] with the language model's own head: from pictures and text to text.
+
+    Args of `forward`, beside those of [`AureaModel`]:
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids, -100 where nothing is to be predicted.
+        logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
+            Logits are computed for so many last positions, or those given; 0: for all.
+        token_type_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            With `prefix_mask="prompt"`, 0 in the prompt and 1 in the answer, which labels tell otherwise. With other
+            masks they are the language model's.
+    """
 
     output_modalities = ("text",)
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -426,6 +424,7 @@ class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, A
         image_embeds: torch.FloatTensor | None = None,
         num_images: torch.LongTensor | None = None,
         mm_token_type_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -433,9 +432,10 @@ class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, A
         prompt_blocks: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AureaCausalLMOutputWithPast:
-        """`labels` are token ids of `input_ids`' shape, -100 where nothing is to be predicted; logits are computed for
-        the last `logits_to_keep` positions, or those given (0: for all). The others are as in [`AureaModel`]."""
-        connector = self.model.connector
+        """Arguments beside those of every causal language model are described at the class and at [`AureaModel`]."""
+        if token_type_ids is not None and self.config.prefix_mask != "prompt":
+            kwargs["token_type_ids"] = token_type_ids
+        told_blocks = self.model.connector.prompt_blocks(labels, position_ids, token_type_ids)
         text_inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -451,12 +451,11 @@ class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, A
             image_embeds=image_embeds,
             num_images=num_images,
             mm_token_type_ids=mm_token_type_ids,
-            prompt_blocks=prompt_blocks if labels is None else connector.prompt_blocks(labels, position_ids),
+            prompt_blocks=prompt_blocks if told_blocks is None else told_blocks,
             return_decoder_output=True,
             **kwargs,
         )
-        auxiliary_losses = outputs.auxiliary_losses
-        check_are_trained(auxiliary_losses, are_in_loss=labels is not None)
+        check_are_trained(auxiliary_losses := outputs.auxiliary_losses, are_in_loss=labels is not None)
         if labels is not None:
             kwargs["num_items_in_batch"] = self._num_targets(labels, **kwargs)
         lm_outputs = self.causal_lm(
@@ -467,8 +466,7 @@ class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, A
             return_dict=True,
             **kwargs,
         )
-        loss = lm_outputs.loss
-        if loss is not None and auxiliary_losses:
+        if (loss := lm_outputs.loss) is not None and auxiliary_losses:
             # Those of the blank picture too, with weight zero: ZeRO-3 wants the same backward pass in all processes.
             image_tokens = self.model.get_placeholder_mask(input_ids, inputs_embeds, mm_token_type_ids)
             batch = image_tokens, labels, kwargs["num_items_in_batch"]

@@ -36,13 +36,14 @@ class AureaVisionEncoderMixin:
     update_batch_norms: bool
 
     def encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
-        """Pictures `(images, views, 3, H, W)` → the encoder's outputs, and its features: of patches
-        `(images, h, w, C)`, or of all tokens `(images, N, C)`.
+        """Pictures `(images, views, 3, H, W)`, or `(images, 3, H, W)` of one view → the encoder's outputs, and its
+        features: of patches `(images, h, w, C)`, or of all tokens `(images, N, C)`.
 
         Raises:
             ValueError: the encoder gives other features than its configuration promises.
         """
         height, width = self.view.size
+        pixel_values = pixel_values[:, None] if pixel_values.ndim == 4 else pixel_values
         index = min(self.view.index, pixel_values.shape[1] - 1)  # of a single encoder's pictures there is one view
         pixels = pixel_values[:, index, :, :height, :width].to(self.dtype)
         trains = pixels.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
