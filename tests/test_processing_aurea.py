@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast, SiglipImageProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ProcessorMixin
 
@@ -694,3 +695,61 @@ BAD_CALLS = {
 def test_bad_calls_are_refused_by_name(processor, arguments, error, message):
     with pytest.raises(error, match=message):
         processor(**arguments)
+
+
+# processors of single views, and prompts of a format
+
+
+class TestPromptFormat:
+    @pytest.fixture(scope="class")
+    def formatted(self):
+        image_processor = SiglipImageProcessor(size=SIDE)
+        settings = {"image_seq_length": 3, "prompt_format": "{images}<|user|>{text}\n"}
+        return AureaProcessor(image_processor, build_tokenizer(FIXTURES / "published"), **settings)
+
+    def test_it_is_written_around_each_text_and_saved(self, formatted, pictures, tmp_path):
+        formatted.save_pretrained(tmp_path)
+        for processor in (formatted, AureaProcessor.from_pretrained(tmp_path)):
+            inputs = processor(images=pictures[:2], text=["<|image|>{text}", "<|image|>b"])
+            decoded = processor.batch_decode(inputs["input_ids"])
+            assert decoded == ["<|image|>" * 3 + "<|user|>{text}\n", "<|image|>" * 3 + "<|user|>b\n"]
+            assert inputs["token_type_ids"] == [[0] * len(row) for row in inputs["input_ids"]]
+
+    def test_pictures_come_first_where_no_text_has_a_placeholder(self, formatted, pictures):
+        inputs = formatted(images=[pictures[:2], None], text=["a", "b"])
+        decoded = formatted.batch_decode(inputs["input_ids"])
+        assert decoded == ["<|image|>" * 6 + "<|user|>a\n", "<|user|>b\n"]
+        with pytest.raises(ValueError, match="3 images or lists of images cannot be dealt out to 2 texts"):
+            formatted(images=pictures, text=["a", "b"])
+
+    @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+    def test_an_answer_gets_labels(self, formatted, pictures, return_tensors):
+        arguments = {"images": pictures[0], "text": "a", "return_tensors": return_tensors}
+        prompt, inputs = formatted(**arguments), formatted(**arguments, suffix="cat")
+        ids, labels, types = ([*inputs[name][0]] for name in ("input_ids", "labels", "token_type_ids"))
+        length = len(prompt["input_ids"][0])
+        assert formatted.decode(ids[length:]) == "cat" + formatted.tokenizer.eos_token
+        assert labels == [-100] * length + ids[length:]
+        assert types == [0] * length + [1] * (len(ids) - length)
+
+    def test_what_does_not_fit_is_refused(self, formatted, processor):
+        with pytest.raises(ValueError, match="this processor has no `prompt_format`"):
+            processor(text="a", suffix="b")
+        with pytest.raises(ValueError, match=r"must have \{images\} and \{text\}, got 'a\{text\}'"):
+            AureaProcessor(formatted.image_processor, formatted.tokenizer, prompt_format="a{text}")
+
+    def test_pixels_are_the_image_processors_with_a_dimension_for_views(self, formatted, pictures):
+        inputs = formatted(images=pictures, text=["a", "b", "c"], return_tensors="pt")
+        expected = formatted.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        assert torch.equal(inputs["pixel_values"], expected[:, None])
+
+
+def test_a_tokenizer_may_put_its_own_tokens_around_texts(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.convert_tokens_to_ids("<|user|>"))]
+    )
+    around = AureaProcessor(processor.image_processor, tokenizer, add_special_tokens=True)
+    assert around.decode(around(text="a")["input_ids"][0]) == "<|user|>a"
+    for arguments in ({"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}):
+        assert around.decode(around(text="a", **arguments)["input_ids"][0]) == "a"

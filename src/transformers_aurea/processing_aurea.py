@@ -12,10 +12,12 @@ import re
 import threading
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
 
+import numpy as np
+import torch
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BatchFeature
@@ -25,13 +27,15 @@ from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .configuration_aurea import AureaConfig
 from .image_processing_aurea import AureaImageProcessor
-from .parts_aurea import IMAGE_TOKEN, Part, image_token, load_tokenizer, parts_config, view_settings
+from .parts_aurea import IMAGE_TOKEN, Part, load_tokenizer, parts_config, view_settings
+from .parts_aurea import image_token as image_token_of
 
 
 # Stands inside a word that is no control token although it reads like one, and is dropped as the text is tokenized.
 MARK = "\uf8f0"  # of the private use area, which normalizers leave alone
 # The same for a tokenizer that cannot drop it: invisible, and kept.
 KEPT_MARK = "\u2060"  # word joiner
+PROMPT_FIELDS = ("{images}", "{text}")
 TOKENIZER_LOCK = threading.RLock()  # while one of them drops marks
 
 SYSTEM_PROMPT = (
@@ -113,6 +117,9 @@ PLAIN_CHAT_TEMPLATE = (
 """
 )
 
+# For a processor whose `prompt_format` has what else a prompt needs.
+CONTENT_TEMPLATE = _RENDER + "{%- for message in messages -%}{{- render(message['content']) -}}{%- endfor -%}"
+
 # In front of a language model's own template, which knows only text: lists of parts become text. The last tag leaves
 # the white space behind it alone.
 FLATTENING_PREFIX = (
@@ -149,7 +156,7 @@ def chat_template_for(tokenizer: PreTrainedTokenizerBase) -> str:
             "The tokenizer has neither a chat template nor an `eos_token` that could end an answer: give "
             "`chat_template`, or set `tokenizer.eos_token`."
         )
-    return template.replace(IMAGE_TOKEN, image_token(tokenizer))
+    return template.replace(IMAGE_TOKEN, image_token_of(tokenizer))
 
 
 class AureaProcessorKwargs(ProcessingKwargs, total=False):
@@ -174,18 +181,38 @@ class AureaProcessor(ProcessorMixin):
             is part of it: it is written if the conversation contains a picture and no system message of its own.
         image_seq_length (`int`, *optional*, defaults to 1): how many tokens a placeholder becomes, the model's
             `config.placeholders_per_image`: 1 with `connector_type="cross_attention"`, else one per visual token.
+        image_token (`str`, *optional*): the placeholder, where it is not the one above.
+        add_special_tokens (`bool`, *optional*, defaults to `False`): whether the tokenizer puts tokens of its own,
+            such as one for the beginning, around each text. The default chat template writes all that there is.
+        prompt_format (`str`, *optional*): what each text becomes, such as `"{images}<bos>{text}\\n"`: `{images}` is
+            all of it up to its last placeholder, `{text}` the rest. Where no text has a placeholder, pictures come
+            first. Answers may then be given as `suffix`.
 
     Raises:
-        ValueError: the image token is not in the tokenizer's vocabulary, or `image_seq_length` is less than 1.
+        ValueError: the image token is not in the tokenizer's vocabulary, `image_seq_length` is less than 1, or
+            `prompt_format` has other fields, or not both.
     """
 
     valid_processor_kwargs = AureaProcessorKwargs
 
-    def __init__(self, image_processor, tokenizer, chat_template=None, image_seq_length: int = 1):
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template=None,
+        image_seq_length: int = 1,
+        image_token: str | None = None,
+        add_special_tokens: bool = False,
+        prompt_format: str | None = None,
+    ):
         if image_seq_length < 1:
             raise ValueError(f"`image_seq_length` must be at least 1, got {image_seq_length}.")
+        if prompt_format is not None and not all(prompt_format.count(field) == 1 for field in PROMPT_FIELDS):
+            raise ValueError(f"`prompt_format` must have {' and '.join(PROMPT_FIELDS)}, got {prompt_format!r}.")
         self.image_seq_length = image_seq_length
-        self.image_token = image_token(tokenizer)
+        self.add_special_tokens = add_special_tokens
+        self.prompt_format = prompt_format
+        self.image_token = image_token_of(tokenizer) if image_token is None else image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != self.image_token:
             raise ValueError(
@@ -259,6 +286,7 @@ class AureaProcessor(ProcessorMixin):
         self,
         images: ImageInput | None = None,
         text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        suffix: TextInput | list[TextInput] | None = None,
         **kwargs: Unpack[AureaProcessorKwargs],
     ) -> BatchFeature:
         r"""
@@ -266,21 +294,41 @@ class AureaProcessor(ProcessorMixin):
             images: one picture or many, see `AureaImageProcessor`. A flat list is dealt out to the texts in order, by
                 the number of placeholders in each; a nested list has one entry per text: a list, a picture or `None`.
             text: one text or a list of texts, each with one `<|image|>` per picture.
+            suffix: the answer to each, to train on, for a processor with a `prompt_format`.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at each placeholder), all
             `(batch_size, sequence_length)`, and, if there are pictures, `pixel_values`
-            `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+            `(num_images, 2, 3, height, width)`, in the order of the placeholders. With a `prompt_format` also
+            `token_type_ids`, 1 in the answer, and with answers their `labels`.
 
         Raises:
             ValueError: texts and pictures do not match, or neither is given; what the image processor raises.
             TypeError: a text is no string.
         """
+        given = kwargs.keys() | kwargs.get("text_kwargs", {}).keys()
+        if self.add_special_tokens and "add_special_tokens" not in given:
+            kwargs["add_special_tokens"] = True
+        if self.prompt_format is not None:
+            kwargs["return_token_type_ids"] = True
+        if suffix is not None:
+            kwargs["text_pair"] = self._answers(suffix)
         texts = text if isinstance(text, (list, tuple)) else [text]
-        if not any(isinstance(one, str) and MARK in one for one in texts):
-            return super().__call__(images=images, text=text, **kwargs)
-        with _dropping_marks(self.tokenizer, self._control_words().spelled):
-            return super().__call__(images=images, text=text, **kwargs)
+        is_marked = any(isinstance(one, str) and MARK in one for one in texts)
+        with _dropping_marks(self.tokenizer, self._control_words().spelled) if is_marked else nullcontext():
+            inputs = super().__call__(images=images, text=text, **kwargs)
+        if suffix is not None:
+            inputs["labels"] = _labels(inputs["input_ids"], inputs["token_type_ids"])
+        return inputs
+
+    def _answers(self, suffix: TextInput | list[TextInput]) -> list[str]:
+        if self.prompt_format is None:
+            raise ValueError(
+                f"`suffix` is {suffix!r:.100}, but this processor has no `prompt_format`, after which it could stand. "
+                "Write the answer into the text or the conversation."
+            )
+        suffixes = suffix if isinstance(suffix, (list, tuple)) else [suffix]
+        return [one + self.tokenizer.eos_token for one in suffixes]
 
     def _control_words(self, placeholders: bool = True) -> "_ControlWords":
         return _control_words(self.tokenizer, len(self.tokenizer), self.image_token, placeholders)
@@ -350,7 +398,11 @@ class AureaProcessor(ProcessorMixin):
             for item in text if isinstance(text, (list, tuple)) else [text]:
                 if not isinstance(item, str):
                     raise TypeError(f"A text must be a string, got {type(item).__name__}: {item!r:.100}")
-        images, text, videos, audio = super().prepare_inputs_layout(images, text, videos, audio, **kwargs)
+        images, text, videos, audio = super().prepare_inputs_layout(
+            _without_none(images), text, videos, audio, **kwargs
+        )
+        if text is not None and self.prompt_format is not None:
+            text = self._prompts(text, images)
         if text is not None:
             self._check_placeholders(text, images)
         if images is not None and sum(_count_images(images)) == 0:
@@ -363,6 +415,22 @@ class AureaProcessor(ProcessorMixin):
                 raise ValueError(f"{type(self).__name__} takes text and images, but no {name}")
         # One list of pictures: releases differ in what nesting they make out.
         super().validate_inputs(images=None if images is None else _single_images(images), text=text, **kwargs)
+
+    def _prompts(self, texts: list[str], images) -> list[str]:
+        """The texts in their `prompt_format`."""
+        if images is not None and not any(self.image_token in text for text in texts):
+            counts = _count_images(images)
+            if len(counts) != len(texts):
+                raise ValueError(
+                    f"Image features and image tokens do not match: no text has a placeholder {self.image_token!r}, "
+                    f"and {len(counts)} images or lists of images cannot be dealt out to {len(texts)} texts."
+                )
+            texts = [self.image_token * count + text for count, text in zip(counts, texts)]
+        return [self._prompt(*text.rpartition(self.image_token)) for text in texts]
+
+    def _prompt(self, images: str, placeholder: str, text: str) -> str:
+        values = dict(zip(PROMPT_FIELDS, (images + placeholder, text)))
+        return re.sub("|".join(PROMPT_FIELDS), lambda field: values[field[0]], self.prompt_format)
 
     def _check_placeholders(self, text: list[str], images) -> None:
         """Compares pictures and placeholders: in all, and row by row where the nesting says whose a picture is."""
@@ -387,8 +455,13 @@ class AureaProcessor(ProcessorMixin):
         )
 
     def _process_images(self, images: ImageInput, **kwargs):
-        replacements = [self.image_token * self.image_seq_length] * sum(_count_images(images))
-        return self.image_processor(images, **kwargs), replacements
+        pictures = _single_images(images)
+        outputs = self.image_processor(pictures, **kwargs)
+        pixel_values = outputs["pixel_values"]
+        if pixel_values[0].ndim == 3:  # of an image processor that knows of no views
+            is_list = isinstance(pixel_values, list)
+            outputs["pixel_values"] = [one[None] for one in pixel_values] if is_list else pixel_values[:, None]
+        return outputs, [self.image_token * self.image_seq_length] * len(pictures)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What a placeholder becomes."""
@@ -403,7 +476,8 @@ class AureaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "mm_token_type_ids"]
+        answers = [] if self.prompt_format is None else ["token_type_ids", "labels"]
+        return [*super().model_input_names, "mm_token_type_ids", *answers]
 
     @property
     def pad_token_id(self) -> int | None:
@@ -413,7 +487,7 @@ class AureaProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        return ["token_type_ids"]
+        return ["token_type_ids"] if self.prompt_format is None else []
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str) -> list[AddedToken]:
@@ -556,6 +630,22 @@ def _dropping_marks(tokenizer: PreTrainedTokenizerFast, spelled: bool = False) -
 def _is_row(entry) -> bool:
     """Whether an entry of a list of images stands for all pictures of one text, not for a single picture."""
     return isinstance(entry, (list, tuple)) or (not is_pil_image(entry) and entry.ndim == 4)
+
+
+def _without_none(images):
+    """The same nesting, with an empty list where a text has no picture."""
+    return [[] if image is None else _without_none(image) for image in images] if isinstance(images, list) else images
+
+
+def _labels(input_ids, token_type_ids):
+    """Ids where the type is not 0, else -100: in lists, an array or a tensor."""
+    if isinstance(input_ids, list):
+        return [_labels(*pair) for pair in zip(input_ids, token_type_ids)]
+    if isinstance(input_ids, int):
+        return input_ids if token_type_ids else -100
+    if isinstance(input_ids, torch.Tensor):
+        return input_ids.masked_fill(token_type_ids == 0, -100)
+    return np.where(token_type_ids == 0, -100, input_ids)
 
 
 def _single_images(images) -> list:
