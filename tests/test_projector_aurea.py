@@ -55,10 +55,12 @@ def test_settings_of_relatives_survive_saving(tmp_path):
 
 @torch.no_grad()
 def test_positions_begin_where_the_configuration_says():
-    model, shifted = tiny_model(), tiny_model(first_position_id=3)
+    text = {"model_type": "gpt2", "n_positions": 64}  # which learns a vector for each
+    model, shifted = tiny_model(text), tiny_model(text, first_position_id=3)
     ids = torch.arange(3, 9)[None]
     positions = torch.arange(3, 9)[None]
     assert torch.equal(shifted(ids).logits, model(ids, position_ids=positions).logits)
+    assert not torch.allclose(shifted(ids).logits, model(ids).logits, atol=1e-3)
     first = shifted(ids[:, :4], use_cache=True)
     cache = {CACHE_NAME: first[CACHE_NAME]}
     torch.testing.assert_close(shifted(ids[:, 4:], **cache).logits, shifted(ids).logits[:, 4:], rtol=0, atol=1e-5)

@@ -17,7 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,7 +186,7 @@ class PublishedCheckpoint:
 
     def _read_index(self) -> dict[str, str]:
         try:
-            return dict(_read_json(self.folder / INDEX_FILE)["weight_map"])
+            return dict(read_json(self.folder / INDEX_FILE)["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConversionError(
                 f"{self.folder / INDEX_FILE} is no index of safetensors shards: {error!r}"
@@ -195,13 +196,9 @@ class PublishedCheckpoint:
         return [DINOV2_FILE, SIGLIP2_FILE, AUREA_FILE, *sorted(set(self.weight_map.values()))]
 
     def _open(self, file: str):
-        path = self.folder / file
-        if not path.is_file():
-            raise ConversionError(f"{path} is missing.")
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} is truncated or no safetensors file: {error}") from error
+        if not (self.folder / file).is_file():
+            raise ConversionError(f"{self.folder / file} is missing.")
+        return open_safetensors(self.folder / file)
 
     def _file_of(self, tensor: PublishedTensor) -> str:
         if tensor.file != INDEX_FILE:
@@ -251,7 +248,7 @@ class PublishedCheckpoint:
     def _check_head(self, file: str):
         embeddings = self.weight_map["model.embed_tokens.weight"]
         head, tied = self.files[file].get_tensor("lm_head.weight"), self.files[embeddings]
-        if not _same_bits(head, tied.get_tensor("model.embed_tokens.weight")):
+        if not same_bits(head, tied.get_tensor("model.embed_tokens.weight")):
             raise ConversionError(
                 f"lm_head.weight of {self.folder / file} differs from model.embed_tokens.weight, with which the head "
                 "is tied."
@@ -284,7 +281,19 @@ def target_tensors(config: AureaConfig, dtype: torch.dtype) -> dict[str, torch.T
     }
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+def open_safetensors(path: Path):
+    """The file, of which tensors are read one by one.
+
+    Raises:
+        ConversionError: it is broken.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(left.contiguous().flatten().view(torch.uint8), right.contiguous().flatten().view(torch.uint8))
@@ -376,7 +385,7 @@ def build_processor(tokenizer: GPT2Tokenizer, config: AureaConfig, sizes: dict |
     return AureaProcessor(image_processor, tokenizer)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -398,7 +407,7 @@ def build_generation_config(folder: Path, image_token_id: int) -> GenerationConf
     """The published sampling defaults and stop tokens; no placeholder is generated, which no picture would fill. The
     published repetition penalty spares the prompt, which the setting of that name does not: `published_sampling` has
     it."""
-    published = _read_json(folder / "generation_config.json")
+    published = read_json(folder / "generation_config.json")
     if not isinstance(published, dict) or not {"bos_token_id", "eos_token_id", "pad_token_id"} <= published.keys():
         raise ConversionError(
             f"{folder / 'generation_config.json'} must hold bos_token_id, eos_token_id and pad_token_id."
@@ -455,7 +464,7 @@ def convert(
     for name in OTHER_FILES:
         if not (folder / name).is_file():
             raise ConversionError(f"{folder / name} is missing.")
-    sizes = _read_json(config_file) if config_file is not None else None
+    sizes = read_json(config_file) if config_file is not None else None
     if sizes is not None and not isinstance(sizes, dict):
         raise ConversionError(
             f"--config {config_file} must hold a JSON object of sizes, not a {type(sizes).__name__}."
@@ -468,18 +477,32 @@ def convert(
     config.dtype = dtype
     config.architectures = ["AureaForConditionalGeneration"]
     tensors = target_tensors(config, dtype)
+    with unfinished_folder(output, tensors) as unfinished:
+        write_weights(lambda name: _cast(published, name, tensors[name]), tensors, unfinished, max_shard_size)
+        card = MODEL_CARD.format(
+            parameters=sum(tensor.numel() for tensor in tensors.values()),
+            dtype=str(config.dtype).removeprefix("torch."),
+        )
+        _write_companions(config, companions, card, unfinished)
+        if verify:
+            _verify_in_new_process(folder, unfinished, __spec__.name)
+
+
+@contextmanager
+def unfinished_folder(output: Path, tensors: dict[str, torch.Tensor]) -> Iterator[Path]:
+    """A folder beside OUT, which becomes OUT at the end and is gone after an error.
+
+    Raises:
+        ConversionError: there is no room for the tensors.
+    """
     size = sum(tensor.nbytes for tensor in tensors.values())
     output.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(output.parent).free
     if free < size:
         raise ConversionError(f"{output.parent} has {free:,} bytes free, the model needs {size:,}.")
-
     unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}.unfinished-", dir=output.parent))
     try:
-        _write_weights(published, tensors, unfinished, max_shard_size)
-        _write_companions(config, companions, tensors, unfinished)
-        if verify:
-            _verify_in_new_process(folder, unfinished)
+        yield unfinished
         for path in (unfinished, *unfinished.iterdir()):  # temporary folders and safetensors files are private
             path.chmod(0o755 if path.is_dir() else 0o644)
         if output.exists():
@@ -490,9 +513,15 @@ def convert(
     print(f"{output}: {len(tensors)} tensors, {sum(tensor.numel() for tensor in tensors.values()):,} parameters")
 
 
-def _write_weights(
-    published: PublishedCheckpoint, tensors: dict[str, torch.Tensor], output: Path, max_shard_size: str
+def write_weights(
+    read: Callable[[str], torch.Tensor], tensors: dict[str, torch.Tensor], output: Path, max_shard_size: str
 ):
+    """Shards, and their index if there are several, of tensors that are read when their shard is written.
+
+    Args:
+        read: gives the tensor of a name.
+        tensors: all of them, in shape and dtype, on the meta device.
+    """
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -500,7 +529,7 @@ def _write_weights(
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _cast(published, name, tensors[name]).contiguous() for name in names}
+        shard = {name: read(name).contiguous() for name in names}
         save_file(shard, output / file, metadata={"format": "pt"})
         print(f"wrote {file}: {len(names)} tensors")
     if split.is_sharded:
@@ -518,7 +547,7 @@ def _cast(published: PublishedCheckpoint, name: str, target: torch.Tensor) -> to
     return cast
 
 
-def _write_companions(config: AureaConfig, companions: list, tensors: dict[str, torch.Tensor], output: Path):
+def _write_companions(config: AureaConfig, companions: list, card: str, output: Path):
     """Configuration, code and model card, and what saves itself: generation settings and processor."""
     with torch.device("meta"):
         model = AureaForConditionalGeneration(config)
@@ -526,23 +555,11 @@ def _write_companions(config: AureaConfig, companions: list, tensors: dict[str, 
     config.save_pretrained(output)
     for companion in companions:
         companion.save_pretrained(output)
-    card = MODEL_CARD.format(
-        parameters=sum(tensor.numel() for tensor in tensors.values()), dtype=str(config.dtype).removeprefix("torch.")
-    )
     (output / "README.md").write_text(card)
 
 
-def _verify_in_new_process(folder: Path, output: Path):
-    command = [
-        sys.executable,
-        "-m",
-        __spec__.name,
-        "--input_dir",
-        str(folder),
-        "--output_dir",
-        str(output),
-        "--verify",
-    ]
+def _verify_in_new_process(folder: Path, output: Path, converter: str):
+    command = [sys.executable, "-m", converter, "--input_dir", str(folder), "--output_dir", str(output), "--verify"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, end="")
     if result.returncode:
@@ -558,16 +575,13 @@ def verify_folder(folder: Path, output: Path, dtype: torch.dtype | None):
     tensors = target_tensors(config, config.dtype)
     found = {}
     for path in sorted(output.glob("*.safetensors")):
-        try:
-            content = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{path} is truncated or no safetensors file: {error}") from error
+        content = open_safetensors(path)
         found.update(dict.fromkeys(content.keys(), content))
     for name, tensor in tensors.items():
         if name not in found:
             raise ConversionError(f"The tensor {name} is missing from {output}.")
         expected = _cast(published, name, tensor)
-        if not _same_bits(found[name].get_tensor(name), expected):
+        if not same_bits(found[name].get_tensor(name), expected):
             raise ConversionError(
                 f"The tensor {name} of {output} differs from {published.of_target[name].name} of {folder}."
             )
@@ -576,21 +590,21 @@ def verify_folder(folder: Path, output: Path, dtype: torch.dtype | None):
     print(f"verified: {len(tensors)} tensors equal their source after the cast to {config.dtype}")
 
 
-def resolve_input(input_dir: str) -> Path:
-    """A local folder as it is, a hub id downloaded."""
+def resolve_input(input_dir: str, patterns: Iterable[str] = ("*.safetensors", INDEX_FILE, *OTHER_FILES)) -> Path:
+    """A local folder as it is, of a hub id what these patterns name."""
     if Path(input_dir).is_dir():
         return Path(input_dir)
     if Path(input_dir).exists():
         raise ConversionError(f"--input_dir {input_dir} is a file. Give the folder that holds the published files.")
     try:
-        return Path(snapshot_download(input_dir, allow_patterns=["*.safetensors", INDEX_FILE, *OTHER_FILES]))
+        return Path(snapshot_download(input_dir, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"--input_dir {input_dir} is neither a folder nor a hub id to be had: {error}"
         ) from error
 
 
-def _shard_size(text: str) -> str:
+def shard_size(text: str) -> str:
     if not re.fullmatch(r"\d+\s*([KMGT]B)?", text, re.IGNORECASE):
         raise argparse.ArgumentTypeError(f"a size is a number and KB, MB, GB or TB, got {text!r}")
     return text
@@ -607,7 +621,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="dtype of the weights, encoders excepted; without it that of the published language model",
     )
     parser.add_argument(
-        "--max_shard_size", type=_shard_size, default="5GB", help="largest file to write (default: 5GB)"
+        "--max_shard_size", type=shard_size, default="5GB", help="largest file to write (default: 5GB)"
     )
     parser.add_argument(
         "--verify", action="store_true", help="read the folder back in a new process and compare every bit"
@@ -617,16 +631,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up as after Ctrl-C
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
+
+    def run():
         folder = resolve_input(args.input_dir)
-        if args.verify and (args.output_dir / "config.json").is_file():
+        if not is_to_be_verified(args):
+            convert(folder, args.output_dir, args.config, dtype, args.max_shard_size, args.verify)
+        else:
             verify_folder(folder, args.output_dir, dtype)
-            return 0
-        if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-            raise ConversionError(f"--output_dir {args.output_dir} exists and is not empty.")
-        convert(folder, args.output_dir, args.config, dtype, args.max_shard_size, args.verify)
+
+    return exit_status(run)
+
+
+def is_to_be_verified(args: argparse.Namespace) -> bool:
+    """Whether OUT is there already, and is only to be compared.
+
+    Raises:
+        ConversionError: it is there, and is not to be compared.
+    """
+    if args.verify and (args.output_dir / "config.json").is_file():
+        return True
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise ConversionError(f"--output_dir {args.output_dir} exists and is not empty.")
+    return False
+
+
+def exit_status(run: Callable[[], None]) -> int:
+    """Runs a conversion; that of the process. Errors and interrupts end in a line on standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up as after Ctrl-C
+    try:
+        run()
     except KeyboardInterrupt:
         print("error: interrupted, nothing was written", file=sys.stderr)
         return 130
