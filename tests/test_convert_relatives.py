@@ -219,6 +219,26 @@ def test_each_step_sees_what_the_originals_sees(converted):
         same(logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("converted", ["paligemma", "llava"], indirect=True)
+def test_positions_are_the_originals(converted):
+    """Which rotary embeddings do not show: they know distances alone."""
+    model, _, aurea, _, _ = converted
+    seen = []
+    for one, inputs in zip((model, aurea), both(converted)):
+        inputs.pop("labels", None)
+        positions = []
+        hook = one.model.language_model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs, positions=positions: positions.append(kwargs["position_ids"].tolist()),
+            with_kwargs=True,
+        )
+        one(**inputs)
+        one.generate(**inputs, max_new_tokens=3, do_sample=False)
+        hook.remove()
+        seen.append(positions)
+    assert seen[0] == seen[1] and len(seen[0]) == 4
+
+
 def test_loss_and_gradients_are_the_originals(converted):
     model, processor, aurea, _, _ = converted
     if isinstance(processor, PaliGemmaProcessor):

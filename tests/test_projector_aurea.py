@@ -88,3 +88,13 @@ def test_all_tokens_but_the_first_are_features():
     pixels = random_pixels(1, every.config)[:, 0]  # of one view
     features, expected = (model.get_image_features(pixels).pooler_output for model in (rest, every))
     torch.testing.assert_close(features, expected[:, 1:])
+
+
+@torch.no_grad()
+def test_generation_begins_there_too():
+    model = tiny_model({"model_type": "gpt2", "n_positions": 64}, first_position_id=3)
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    generated = model.generate(torch.arange(3, 9)[None], **settings)
+    for step, logits in enumerate(generated.logits):
+        expected = model(generated.sequences[:, : 6 + step]).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
