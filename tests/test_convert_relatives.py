@@ -119,7 +119,14 @@ ORIGINALS = {
         {"text_type": "gemma2", "final_logit_softcapping": 3.0, "sliding_window": 8, "query_pre_attn_scalar": 8},
     ),
     "llava": (make_llava, {}),
-    "llava of two layers": (make_llava, {"vision_feature_layer": [-2, 1], "vision_feature_select_strategy": "full"}),
+    "llava of two layers and gemma2": (
+        make_llava,
+        {
+            "vision_feature_layer": [-2, 1],
+            "vision_feature_select_strategy": "full",
+            "text": {"model_type": "gemma2", "final_logit_softcapping": 3.0, "sliding_window": 8},
+        },
+    ),
     "llava of siglip": (
         make_llava,
         {

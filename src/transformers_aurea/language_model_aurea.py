@@ -80,7 +80,7 @@ def make_causal_lm(config: AureaConfig) -> PreTrainedModel:
     """The language model of `config.text_config`, with its head; raises what `check_is_decoder` does."""
     check_is_decoder(config.text_config)
     if config.lm_head_type == "linear":
-        return AureaLinearHeadForCausalLM._from_config(config.text_config)
+        return AureaLinearHeadForCausalLM(AutoModel.from_config(config.text_config))
     return AutoModelForCausalLM.from_config(config.text_config)
 
 
@@ -96,10 +96,13 @@ class AureaLinearHeadForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.model = AutoModel.from_config(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    def __init__(self, decoder: PreTrainedModel):
+        config = decoder.config
+        super().__init__(
+            type(config).from_dict(config.to_dict())
+        )  # without attention, which is the decoder's to choose
+        self.model, self.config = decoder, config
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, dtype=decoder.dtype)
         self.post_init()
 
     def forward(
