@@ -15,7 +15,7 @@ ORDER = [
     *("spatial_range_attention", "name_tables", "versions", "weaving", "image_processing"),
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
     *("own_fusion", "configuration", "visual_context"),
-    *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "decoding"),
+    *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "composition", "decoding"),
     *("language_model", "pretrained_model", "parts"),
     *("modeling", "processing"),
 ]

@@ -10,11 +10,9 @@ of the logits, losses of routers, what it prepares for each step of a generation
 no family is known by name. Whether a decoder can carry cross-attention is told by what it does when it is run.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from inspect import signature
-from itertools import chain
 from operator import attrgetter
 
 import torch
@@ -31,7 +29,7 @@ from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError, optional_field
 from .cross_attention_aurea import decoder_layers
-from .weaving_aurea import woven_class
+from .weaving_aurea import copy_on_meta, woven_class
 
 
 logger = logging.get_logger(__name__)
@@ -223,18 +221,6 @@ def watched_layers(decoder: PreTrainedModel):
         )
 
 
-def _copy_on_meta(decoder: PreTrainedModel) -> PreTrainedModel:
-    """The same modules over tensors without data, in bfloat16, which routers of experts want there."""
-
-    def without_data(tensor: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-    tensors = chain(decoder.parameters(), decoder.buffers())
-    return copy.deepcopy(decoder, {id(tensor): without_data(tensor) for tensor in tensors})
-
-
 @torch.no_grad()
 def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     """Whether the woven decoder was seen to carry visual states to its layers; False if it could not be run.
@@ -244,7 +230,7 @@ def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     Raises:
         AureaUnfitLanguageModelError: it was run, and does not carry them.
     """
-    makers = [lambda: _copy_on_meta(decoder)]
+    makers = [lambda: copy_on_meta(decoder)]
     if decoder.device.type != "meta":
         makers.append(lambda: decoder)
     was_training = decoder.training

@@ -27,6 +27,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .auxiliary_losses_aurea import check_are_trained, fusion_losses, share_of_loss
+from .composition_aurea import AureaComposition, look_through
 from .configuration_aurea import AureaConfig, optional_field
 from .connectors_aurea import AureaConnector
 from .cross_attention_aurea import AureaCrossAttentionBlock, cross_attention_tp_plan, weave_cross_attention
@@ -115,6 +116,8 @@ class AureaModel(AureaPreTrainedModel):
         super().__init__(config)
         self.vision_model = make_encoder(config, "vision_config")
         self.spatial_vision_model = make_encoder(config, "spatial_vision_config")
+        has_composition = config.composition_config is not None
+        self.composition = AureaComposition(config, self.vision_model) if has_composition else None
         self.fusion = config.fusion_class(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
@@ -149,9 +152,8 @@ class AureaModel(AureaPreTrainedModel):
             ValueError: if the shape of `pixel_values` is not the configured one, or an encoder gives another grid.
         """
         self._check_pixel_values(pixel_values)
-        encoders = (self.vision_model, self.spatial_vision_model)
-        looks = [(None, None) if encoder is None else encoder.encode(pixel_values, **kwargs) for encoder in encoders]
-        (semantic, semantic_map), (spatial, spatial_map) = looks  # maps (images, h, w, C)
+        parts = (self.vision_model, self.spatial_vision_model, self.composition)
+        (semantic, semantic_map), (spatial, spatial_map) = look_through(*parts, pixel_values, **kwargs)  # (n, h, w, C)
         features = [one if one is None else one.to(self.dtype) for one in (semantic_map, spatial_map)]
         fused_features, auxiliary_losses = self._fuse(features)  # (images, N, C_fused)
         main, beside = (semantic, spatial) if semantic is not None else (spatial, {})

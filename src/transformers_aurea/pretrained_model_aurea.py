@@ -64,7 +64,7 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
 
     def post_init(self):
         fusion = self.base_model.fusion
-        self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split]
+        self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split, "AureaCompositionLayer"]
         # The strict list is for loading in any half precision; quantisers read the other one, from the start of a
         # module's full name.
         self._keep_in_fp32_modules_strict = [f"fusion.*{name}" for name in fusion.kept_in_fp32]  # a glob
