@@ -223,7 +223,7 @@ def watched_layers(decoder: PreTrainedModel):
         )
 
 
-def _copy_on_meta(decoder: PreTrainedModel) -> PreTrainedModel:
+def copy_on_meta(decoder: PreTrainedModel) -> PreTrainedModel:
     """The same modules over tensors without data, in bfloat16, which routers of experts want there."""
 
     def without_data(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,7 +244,7 @@ def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     Raises:
         AureaUnfitLanguageModelError: it was run, and does not carry them.
     """
-    makers = [lambda: _copy_on_meta(decoder)]
+    makers = [lambda: copy_on_meta(decoder)]
     if decoder.device.type != "meta":
         makers.append(lambda: decoder)
     was_training = decoder.training
