@@ -16,7 +16,7 @@ ORDER = [
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
     *("own_fusion", "configuration", "visual_context"),
     *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "composition", "decoding"),
-    *("language_model", "pretrained_model", "parts"),
+    *("language_model", "pretrained_model", "parts", "prefix_trial"),
     *("modeling", "processing"),
 ]
 OF_THE_PACKAGE_ALONE = {"generation", "tokenization", "training", "data"}

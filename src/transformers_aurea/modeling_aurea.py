@@ -42,6 +42,7 @@ from .language_model_aurea import (
 )
 from .modeling_outputs_aurea import AureaCausalLMOutputWithPast, AureaImageFeaturesOutput, AureaModelOutputWithPast
 from .parts_aurea import AureaFromPartsMixin
+from .prefix_trial_aurea import reads_prefix, reads_prefix_here
 from .pretrained_model_aurea import AureaPreTrainedModel, is_sharded
 from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 from .vision_encoder_aurea import batch_norms, in_evaluation_mode, make_encoder
@@ -125,6 +126,7 @@ class AureaModel(AureaPreTrainedModel):
         if self.connector.weaves:
             weave_cross_attention(self.language_model, config)
         self._carries_pictures = not self.connector.weaves or carries_cross_attention(self.language_model)
+        self._reads_prefix = not self.connector.fills or reads_prefix(self.language_model, self.connector)
         self.post_init()
         if self.connector.weaves:
             plan = cross_attention_tp_plan(self.language_model)
@@ -266,7 +268,7 @@ class AureaModel(AureaPreTrainedModel):
         cross_attentions = None
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
-        with self._watched(visual_inputs):
+        with self._watched(visual_inputs, image_tokens.device):
             text = words | {"attention_mask": attention_mask, "position_ids": position_ids, CACHE_NAME: cache}
             outputs = self.language_model(**text, use_cache=use_cache, **visual_inputs, **kwargs)
         kept = outputs.get(CACHE_NAME)
@@ -291,10 +293,14 @@ class AureaModel(AureaPreTrainedModel):
         return bool(use_cache)
 
     @contextmanager
-    def _watched(self, visual_inputs: dict):
+    def _watched(self, visual_inputs: dict, device: torch.device):
         """The first time that the decoder is run with pictures, unless a trial run has shown it, whether it carries
-        them to all its layers."""
-        is_watched = bool(visual_inputs) and not self._carries_pictures and not torch.compiler.is_compiling()
+        them to all its layers. Whether it reads a prefix, the first time that it is run at all: in all processes."""
+        is_compiling = torch.compiler.is_compiling()
+        if not self._reads_prefix and not is_compiling:
+            reads_prefix_here(self.language_model, self.connector, device)
+            self._reads_prefix = True
+        is_watched = bool(visual_inputs) and not self._carries_pictures and not is_compiling
         with watched_layers(self.language_model) if is_watched else nullcontext():
             yield
         self._carries_pictures |= is_watched

@@ -163,10 +163,10 @@ def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableRep
             "in `LoraConfig(modules_to_save=...)` instead; `GROUP_MODULES` lists them by group."
         )
     parameters = parameter_groups(model)
-    # Of a stage, what there is: a configuration may do without these.
+    # Of a stage of several groups, what there is: a configuration may do without these.
     optional = ("vision", "spatial_vision", "composition", "fusion", "cross_attention")
     absent = {group for group in optional if not parameters[group]}
-    chosen = {group for name in names for group in known[name] if group not in absent or group == name}
+    chosen = {group for name in names for group in known[name] if group not in absent or len(known[name]) == 1}
     for group in chosen:
         if not parameters[group]:
             raise ValueError(f"The group '{group}' has no parameters in this {type(model).__name__}.")

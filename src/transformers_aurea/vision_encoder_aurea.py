@@ -154,12 +154,12 @@ def batch_norms(*modules: nn.Module) -> list[nn.Module]:
 def in_evaluation_mode(modules: list[nn.Module]):
     training = [module for module in modules if module.training]
     for module in training:
-        module.eval()
+        module.training = False  # not those inside, each of which has a mode of its own
     try:
         yield
     finally:
         for module in training:
-            module.train()
+            module.training = True
 
 
 __all__ = [
