@@ -14,7 +14,7 @@ FILES = sorted(Path(transformers_aurea.__file__).parent.glob("*.py"))
 ORDER = [
     *("spatial_range_attention", "name_tables", "versions", "weaving", "image_processing"),
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
-    *("own_fusion", "configuration", "visual_context"),
+    *("fusion_promises", "own_fusion", "configuration", "visual_context"),
     *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "composition", "decoding"),
     *("language_model", "pretrained_model", "parts", "prefix_trial"),
     *("modeling", "processing"),

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .fusion_aurea import FUSIONS, AureaFusion
+from .fusion_promises_aurea import make_fusion
 from .name_tables_aurea import enter_name_tables
 from .own_fusion_aurea import check_own_fusion, is_own_fusion, is_remote_code, load_own_fusion, save_own_fusion
 
@@ -186,7 +187,9 @@ class AureaFusionConfig(PreTrainedConfig):
 
     def query_grid_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of queries over a map of this grid."""
-        return (grid[0] // 2, grid[1] // 2) if self.query_grid is None else _pair(self.query_grid)
+        if self.query_grid is None:
+            return grid[0] // 2, grid[1] // 2
+        return _pair(self.query_grid, "`feature_fusion_config.query_grid`")
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -425,8 +428,14 @@ class AureaConfig(PreTrainedConfig):
             fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
             self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
+        needed, known = {*self.fusion_class.encoders(self)}, self.encoder_configs.keys()
+        if not needed or needed - known:
+            raise ValueError(
+                f"The fusion '{fusion.fusion_type}' ({self.fusion_class.__name__}) must name one or more of "
+                f"{', '.join(known)} as its `encoders`, and names {sorted(needed)}."
+            )
         if self.composition_config is None:
-            for name in self.encoder_configs.keys() - self.fusion_class.encoders(self):
+            for name in known - needed:
                 setattr(self, name, None)
         for config in self.encoder_configs.values():
             if config.model_type == "siglip_vision_model":
@@ -552,7 +561,7 @@ class AureaConfig(PreTrainedConfig):
     def tokens_per_image(self) -> int:
         """Visual tokens of one picture, of which the fusion has the say."""
         with torch.device("meta"):
-            return self.fusion_class(self).num_tokens
+            return make_fusion(self).num_tokens
 
     @property
     def fills_placeholders(self) -> bool:
@@ -763,9 +772,9 @@ def optional_field(config: PreTrainedConfig, name: str):
         return None
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def _pair(size: int | list[int] | tuple[int, int], name: str = "An image size") -> tuple[int, int]:
     if not isinstance(size, int) and len(size) != 2:
-        raise ValueError(f"An image size is one side, or height and width; got {size}.")
+        raise ValueError(f"{name} is one side, or height and width; got {size}.")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

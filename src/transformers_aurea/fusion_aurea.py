@@ -17,6 +17,7 @@ of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttentio
 """
 
 import math
+from inspect import signature
 
 import torch
 from torch import nn
@@ -37,12 +38,22 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
     """Makes a fusion known by name: `feature_fusion_config={"fusion_type": name}`.
 
     Raises:
-        TypeError: `fusion_class` is no subclass of [`AureaFusion`].
+        TypeError: `fusion_class` is no subclass of [`AureaFusion`], declares names otherwise than as a tuple, or a map
+            that its `forward` cannot be asked for.
         ValueError: another class has the name.
     """
     # By name: a folder's fusion derives from the folder's own copy of the class.
     if not (isinstance(fusion_class, type) and "AureaFusion" in {base.__name__ for base in fusion_class.__mro__}):
         raise TypeError(f"A fusion is a subclass of `AureaFusion`, got {fusion_class!r}.")
+    for declared in ("kept_in_fp32", "not_quantized", "no_split"):
+        names = getattr(fusion_class, declared)
+        if not isinstance(names, tuple) or not all(isinstance(one, str) for one in names):
+            raise TypeError(f"`{fusion_class.__name__}.{declared}` is a tuple of names, got {names!r}.")
+    if fusion_class.gives_map and "return_map" not in signature(fusion_class.forward).parameters:
+        raise TypeError(
+            f"{fusion_class.__name__} declares `gives_map`, but its `forward` takes no `return_map`. Let it, or leave "
+            "`gives_map` out."
+        )
     known = FUSIONS.setdefault(name, fusion_class)
     if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):
         raise ValueError(f"'{name}' is {known.__module__}.{known.__qualname__} already: choose another name.")

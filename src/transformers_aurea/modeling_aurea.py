@@ -32,6 +32,7 @@ from .configuration_aurea import AureaConfig, optional_field
 from .connectors_aurea import AureaConnector
 from .cross_attention_aurea import AureaCrossAttentionBlock, cross_attention_tp_plan, weave_cross_attention
 from .decoding_aurea import AureaGenerationMixin
+from .fusion_promises_aurea import fuse, make_fusion
 from .language_model_aurea import (
     carries_cross_attention,
     decoder_of,
@@ -84,7 +85,7 @@ class AureaModel(AureaPreTrainedModel):
             The decoder, which is woven in place; by default a new one of `config.text_config`.
 
     Args of `forward`:
-        pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`, *optional*):
+        pixel_values (`torch.FloatTensor` of shape `(num_images, num_views, 3, height, width)`, *optional*):
             All pictures of the batch in the order of their placeholders, row by row. With a kept cache these are
             the pictures of the whole conversation, and replace the cached ones.
         cross_attention_states (`torch.FloatTensor`, *optional*):
@@ -119,7 +120,7 @@ class AureaModel(AureaPreTrainedModel):
         self.spatial_vision_model = make_encoder(config, "spatial_vision_config")
         has_composition = config.composition_config is not None
         self.composition = AureaComposition(config, self.vision_model) if has_composition else None
-        self.fusion = config.fusion_class(config)
+        self.fusion = make_fusion(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
         self.connector = AureaConnector(config)
@@ -143,7 +144,7 @@ class AureaModel(AureaPreTrainedModel):
         Encode, fuse and project pictures.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`):
+            pixel_values (`torch.FloatTensor` of shape `(num_images, num_views, 3, height, width)`):
                 View 0 for the semantic encoder, view 1 for the spatial one; a view smaller than the common canvas lies
                 in its top left corner.
 
@@ -177,20 +178,8 @@ class AureaModel(AureaPreTrainedModel):
         Raises:
             RuntimeError: the fusion breaks its promise.
         """
-        wants_losses = self.training and self.config.auxiliary_loss_coefs
-        if wants_losses and self.fusion.gives_map:
-            tokens, fused_map = self.fusion(*features, return_map=True)
-        else:
-            tokens, fused_map = self.fusion(*features), None
-        num_images = next(one.shape[0] for one in features if one is not None)
-        promised = (num_images, self.fusion.num_tokens, self.fusion.output_dim)
-        given = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        if given != promised:
-            raise RuntimeError(
-                f"The fusion '{self.config.feature_fusion_config.fusion_type}' ({type(self.fusion).__name__}) "
-                f"promises tokens of the shape {promised} (pictures, `num_tokens`, `output_dim`) and gives "
-                f"{given}. Correct its `__init__` or its `forward`."
-            )
+        wants_losses = self.training and bool(self.config.auxiliary_loss_coefs)
+        tokens, fused_map = fuse(self.config, self.fusion, features, wants_map=wants_losses)
         return tokens, fusion_losses(self.config, tokens, fused_map, features) if wants_losses else None
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):

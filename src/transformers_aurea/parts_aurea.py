@@ -36,6 +36,7 @@ from .composition_aurea import AureaCompositionLayer
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
 from .fusion_aurea import FUSIONS
+from .fusion_promises_aurea import make_fusion
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
 from .own_fusion_aurea import is_own_fusion
 from .vision_encoder_aurea import pooling_settings
@@ -310,7 +311,7 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
     if is_own_fusion(skeleton.config.fusion_class):  # which may begin its parameters otherwise than the loader would
-        fusion = skeleton.config.fusion_class(skeleton.config)
+        fusion = make_fusion(skeleton.config)
         state_dict |= {f"model.fusion.{name}": tensor for name, tensor in fusion.state_dict().items()}
     zero_layers = tuple(f"{layer}.weight" for layer in (*ZERO_LAYERS, *AureaCompositionLayer.zero_layers))
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(zero_layers)}
