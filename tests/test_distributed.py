@@ -327,6 +327,12 @@ def assert_sharded(model: nn.Module):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+def answers(model: nn.Module, rows: list[dict], **kwargs) -> torch.Tensor:
+    text = collate([row | {"input_ids": row["input_ids"][:8], "labels": row["labels"][:8]} for row in rows])
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, **kwargs}
+    return model.generate(**{name: text[name] for name in text.keys() - {"labels"}}, **settings)
+
+
 def worker_fsdp(folder: Path):
     distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
     results = {}
@@ -349,6 +355,10 @@ def worker_fsdp(folder: Path):
     rows = training_rows()[2 * distributed.get_rank() :][:2]
     with torch.no_grad():
         results["text_logits"] = model(**collate(rows)).logits
+    for use_cache in (True, False):
+        gathered = [torch.empty(2, 12, dtype=torch.long) for _ in range(NUM_PROCESSES)]
+        distributed.all_gather(gathered, answers(model, rows, use_cache=use_cache))
+        results[f"answers, {use_cache}"] = torch.cat(gathered)
 
     frozen = shard(training_model("language_model"))
     results["language_model"] = train(frozen)
@@ -411,6 +421,11 @@ class TestFullyShard:
         with torch.no_grad():
             expected = single[0].eval()(**collate(training_rows()[:2])).logits
         torch.testing.assert_close(results["text_logits"], expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_text_alone_is_generated_from_beside_pictures(self, results, single, use_cache):
+        expected = answers(single[0].eval(), training_rows()[:ROWS_PER_STEP])
+        assert torch.equal(results[f"answers, {use_cache}"], expected)
 
     def test_the_folder_is_that_of_an_unsharded_model(self, results, single, folder):
         single[0].save_pretrained(folder / "unsharded")
