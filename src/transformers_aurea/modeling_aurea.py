@@ -44,7 +44,7 @@ from .language_model_aurea import (
 from .modeling_outputs_aurea import AureaCausalLMOutputWithPast, AureaImageFeaturesOutput, AureaModelOutputWithPast
 from .parts_aurea import AureaFromPartsMixin
 from .prefix_trial_aurea import reads_prefix, reads_prefix_here
-from .pretrained_model_aurea import AureaPreTrainedModel, is_sharded
+from .pretrained_model_aurea import AureaPreTrainedModel
 from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 from .vision_encoder_aurea import batch_norms, in_evaluation_mode, make_encoder
 from .visual_cache_aurea import holds_visual_states
@@ -344,7 +344,7 @@ class AureaModel(AureaPreTrainedModel):
     def _needs_image_branch(self) -> bool:
         """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
         are sharded, and processes whose batch has pictures wait for all others to take part in gathering them."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(self):
+        if self.is_gathered_by_all:
             return True
         if not self.training or not torch.is_grad_enabled():
             return False
