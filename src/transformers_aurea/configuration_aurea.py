@@ -98,7 +98,7 @@ enter_name_tables()
 
 
 class AureaUnfitLanguageModelError(ValueError):
-    """A language model that cannot read pictures through cross-attention, and why."""
+    """A language model that cannot read pictures in the way that is asked for, and why."""
 
     def __init__(self, text_config: PreTrainedConfig, reason: str):
         self.reason = reason
