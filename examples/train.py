@@ -208,7 +208,7 @@ def load_model(args: ModelArguments):
         return model, AureaProcessor.from_pretrained_parts(**parts, config=model.config)
     quantization = None
     if args.load_in_4bit:
-        precise = {"vision", "spatial_vision", "fusion", "projector", *(args.train_groups or ())}
+        precise = {"vision", "spatial_vision", "composition", "fusion", "projector", *(args.train_groups or ())}
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -154,13 +154,16 @@ class TestLoss:
                 gradient, expected[name], atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
             )
 
-    def test_each_row_weighs_what_its_tokens_do(self):
+    @pytest.mark.parametrize("per_image", [1, 3])
+    def test_each_row_weighs_what_its_tokens_do(self, per_image):
         image_tokens = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
+        image_tokens = image_tokens.repeat_interleave(per_image, dim=1)
         labels = torch.tensor([[9, 9, 9, 9], [-100, 9, 9, 9], [-100, -100, -100, 9]])
         losses = torch.tensor([1.0, 2.0, 5.0])
         expected = torch.tensor((3 * (1 + 2) / 2 + 1 * 5) / 7)
-        torch.testing.assert_close(share_of_batch(losses, image_tokens, labels), expected)
-        torch.testing.assert_close(share_of_batch(losses, image_tokens, labels, 14), expected / 2)
+        for total, value in ((None, expected), (14, expected / 2)):
+            share = share_of_batch(losses, image_tokens, labels, total, placeholders_per_image=per_image)
+            torch.testing.assert_close(share, value)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_checkpointing_changes_nothing(self, use_reentrant):

@@ -2,17 +2,27 @@
 """How visual tokens reach the decoder, compared with the same done by hand."""
 
 import copy
+import json
 import re
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoModelForImageTextToText
+from causal_families import tiny_text_config
+from conftest import IMAGE_TOKEN_ID, TINY_VISION, random_pixels, tiny_config, tiny_model
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from transformers_aurea import AureaDataCollator, AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea import AureaConfig, AureaDataCollator, AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
 from transformers_aurea.fusion_aurea import FUSIONS
+from transformers_aurea.prefix_trial_aurea import reads_prefix, reads_prefix_here
 
 
 CONNECTORS = ["cross_attention", "prefix", "both"]
@@ -285,7 +295,7 @@ class TestBadInput:
         AttentionInterface.register("maskless", sdpa_attention_forward)
         AttentionMaskInterface.register("maskless", lambda *args, **kwargs: None)  # as FlashAttention's is
         model.model.language_model.config._attn_implementation = "maskless"
-        with pytest.raises(ValueError, match=rf"'{prefix_mask}', but the attention 'maskless' of a 'phi3'"):
+        with pytest.raises(ValueError, match=rf"'phi3', whose attention 'maskless' takes no mask.*'{prefix_mask}'"):
             model(**inputs)
 
     def test_placeholders_of_a_processor_for_another_connector(self):
@@ -330,6 +340,112 @@ def test_an_assistant_of_another_connector_looks_once_with_its_own_eyes(ours, th
         model.generate(**turn, **settings, assistant_model=assistant), model.generate(**turn, **settings)
     )
     assert len(looks) == 1
+
+
+def family_config(family, prefix_mask="causal", connector_type="prefix", **text_settings):
+    """A configuration with a tiny language model of the family."""
+    return AureaConfig(
+        text_config=tiny_text_config(family).to_dict() | text_settings,
+        **{**TINY_VISION, "feature_fusion_config": SVA},
+        image_token_id=IMAGE_TOKEN_ID,
+        connector_type=connector_type,
+        prefix_mask=prefix_mask,
+    )
+
+
+class TestLanguageModels:
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize(
+        ("family", "prefix_mask", "settings", "reason"),
+        [
+            ("gemma4_text", "causal", {}, "reads ids, but not embeddings in their place"),
+            ("deepseek_v4", "causal", {}, "reads ids, but not embeddings in their place"),
+            ("falcon_h1", "causal", {}, "makes more of ids than their embeddings"),
+            ("gemma3n_text", "causal", {}, "makes more of ids than their embeddings"),
+            ("roberta", "causal", {}, "makes more of ids than their embeddings"),
+            ("opt", "causal", {"word_embed_proj_dim": 16}, r"embeddings have 16 channels.*\(32\)"),
+            ("opt", "pictures", {}, "does not run with a mask of single tokens"),
+            ("nemotron_h", "prompt", {}, "attention 'sdpa' takes no mask of single tokens.*'prompt'"),
+        ],
+    )
+    def test_one_that_a_prefix_does_not_suit_is_refused_when_it_is_built(
+        self, family, prefix_mask, settings, reason, device
+    ):
+        with torch.device(device), pytest.raises(AureaUnfitLanguageModelError, match=f"'{family}', whose .*{reason}"):
+            AureaForConditionalGeneration(family_config(family, prefix_mask, **settings))
+
+    def test_one_that_knows_the_ids_of_embeddings_of_words_is_refused(self):
+        if "qwen4_exp_text" not in CONFIG_MAPPING:
+            pytest.skip("this transformers has no qwen4_exp_text")
+        with pytest.raises(AureaUnfitLanguageModelError, match="reads ids, but not embeddings in their place"):
+            AureaForConditionalGeneration(family_config("qwen4_exp_text"))
+
+    def test_one_that_does_not_obey_the_mask_is_refused_as_soon_as_it_has_weights(self, tmp_path):
+        with pytest.raises(
+            AureaUnfitLanguageModelError, match=r"'gpt_neo'.*lets no token see a later one.*'pictures'"
+        ):
+            AureaForConditionalGeneration(family_config("gpt_neo", "pictures"))
+        AureaForConditionalGeneration(family_config("gpt_neo")).save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text()) | {"prefix_mask": "pictures"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path)  # which is built without them
+        with pytest.raises(
+            AureaUnfitLanguageModelError, match=r"'gpt_neo'.*lets no token see a later one.*'pictures'"
+        ):
+            model(torch.tensor([[5, 6]]))
+
+    def test_where_no_token_shows_in_another_yet_nothing_is_said(self):
+        decoder = AutoModelForCausalLM.from_config(family_config("gpt_neo").text_config).base_model
+        connector = connected_model("prefix", "pictures").model.connector
+        for layer in decoder.h:
+            torch.nn.init.zeros_(layer.attn.attention.out_proj.weight)
+            torch.nn.init.zeros_(layer.attn.attention.out_proj.bias)
+        assert not reads_prefix(decoder, connector)
+
+    @pytest.mark.parametrize("prefix_mask", ["causal", "pictures"])
+    @pytest.mark.parametrize("family", ["phi3", "gemma2", "phi4_multimodal"])
+    def test_one_that_it_suits_is_seen_to_read_it(self, family, prefix_mask):
+        with torch.device("meta"):
+            model = AureaForConditionalGeneration(family_config(family, prefix_mask))
+        assert model.model._reads_prefix == (prefix_mask == "causal")  # of the mask nothing is seen without data
+        assert AureaForConditionalGeneration(family_config(family, prefix_mask)).model._reads_prefix
+
+    def test_what_a_run_without_data_cannot_tell_is_looked_at_once(self, monkeypatch):
+        with torch.device("meta"):
+            assert not AureaForConditionalGeneration(family_config("gpt2")).model._reads_prefix
+        model = AureaForConditionalGeneration(family_config("gpt2"))
+        assert model.model._reads_prefix
+        model.model._reads_prefix = False
+        looks = []
+        monkeypatch.setattr(
+            "transformers_aurea.modeling_aurea.reads_prefix_here",
+            lambda *arguments: looks.append(reads_prefix_here(*arguments)),
+        )
+        for _ in range(2):
+            model(torch.tensor([[5, 6]]))
+        assert looks == [True]
+
+    @pytest.mark.parametrize("family", ["qwen3_next", "lfm2"])
+    @pytest.mark.parametrize("num_padding", [0, 2])
+    @torch.no_grad()
+    def test_layers_that_are_no_attention_stand_in_no_mask_s_way(self, family, num_padding):
+        model = AureaForConditionalGeneration(family_config(family, "pictures")).eval()
+        row = torch.tensor([[0] * num_padding + [5, 6, *run_of(model), 7, 8]])
+        embeds = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+        embeds[1, :3] = embeds[0, :3]  # all but the last visual token
+        text = {"input_ids": row.repeat(2, 1), "attention_mask": (row != 0).long().repeat(2, 1)}
+        logits = model(**text, image_embeds=embeds, use_cache=False).logits[:, num_padding:]
+        assert torch.equal(logits[0, :2], logits[1, :2])
+        assert ((logits[0, 2:] - logits[1, 2:]).abs().amax(-1) > 0).all()
+
+    @pytest.mark.parametrize("prefix_mask", ["causal", "pictures"])
+    def test_the_trial_changes_no_mode_of_training(self, prefix_mask):
+        model = connected_model("both", prefix_mask)
+        decoder = model.model.language_model.train()
+        decoder.layers[1].eval()
+        modes = [module.training for module in decoder.modules()]
+        assert reads_prefix_here(decoder, model.model.connector, decoder.device)
+        assert [module.training for module in decoder.modules()] == modes and len(set(modes)) == 2
 
 
 @pytest.fixture

@@ -512,6 +512,14 @@ BAD_ROWS = {
     "nothing as a picture": (bad(images=[{"bytes": None, "path": None}]), "picture 0 is missing"),
     "nothing beside a picture": (bad(images=[None, picture()]), "2 images for 1 placeholders"),
     "two columns": (bad(image=picture()), "2 images for 1 placeholders"),
+    "reasoning beside an answer": (
+        bad(messages=[user("a"), {**assistant("b"), "reasoning_content": "c"}], images=[]),
+        "turn 1 contains '`reasoning_content` beside the content'",
+    ),
+    "call of a tool": (
+        bad(messages=[user("a"), {**assistant("b"), "tool_calls": [{"name": "c"}]}], images=[]),
+        "turn 1 contains '`tool_calls` beside the content'",
+    ),
     "picture of a turn": (
         bad(messages=[{"role": "user", "content": "a", "images": ["x"]}, assistant("b")], images=[]),
         "turn 0 contains \"pictures under 'images'\"; .* parts of type image or under `images` of the row",

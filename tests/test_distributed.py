@@ -33,6 +33,7 @@ from transformers.distributed import DistributedConfig
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration
 from transformers_aurea.cross_attention_aurea import AureaWovenDecoderLayerMixin
+from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.training_aurea import AuxiliaryLossLogger, GroupGradientNorms, set_trainable
 from transformers_aurea.weaving_aurea import woven_class
 
@@ -100,17 +101,19 @@ def run_script(path: str | Path, arguments: list[str]):
     runpy.run_path(str(path), run_name="__main__")
 
 
-def row(index: int, num_images: int) -> dict:
+def row(index: int, num_images: int, placeholders_per_image: int = 1) -> dict:
     """Text of some length with its placeholders in front, its first half a prompt, and its pictures."""
-    input_ids = torch.arange(3, 11 + index % 3) + index
-    input_ids[:num_images] = IMAGE_TOKEN_ID
+    words = torch.arange(3, 11 + index % 3) + index
+    placeholders = torch.full((num_images * placeholders_per_image,), IMAGE_TOKEN_ID)
+    input_ids = torch.cat([placeholders, words[num_images:]])
     labels = input_ids.clone()
-    labels[: 3 + index % 2] = -100
+    labels[: len(placeholders) + 3 + index % 2 - num_images] = -100
     return {"input_ids": input_ids, "labels": labels, "pixels": random_pixels(num_images, tiny_config(), index)}
 
 
-def training_rows() -> list[dict]:
-    return [row(index, number) for index, number in enumerate(number for step in PICTURES for number in step)]
+def training_rows(placeholders_per_image: int = 1) -> list[dict]:
+    numbers = [number for step in PICTURES for number in step]
+    return [row(index, number, placeholders_per_image) for index, number in enumerate(numbers)]
 
 
 def collate(rows: list[dict]) -> dict:
@@ -134,14 +137,14 @@ def full(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def train(model: nn.Module, engine=None) -> dict[str, list]:
+def train(model: nn.Module, engine=None, placeholders_per_image: int = 1) -> dict[str, list]:
     """Plain SGD on this process's rows; the loss of all processes and the gradients of each step.
 
     A DeepSpeed engine goes back and steps by itself, and keeps its gradients to itself.
     """
     num_processes = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if distributed.is_initialized() else 0
-    rows, per_process = training_rows(), ROWS_PER_STEP // num_processes
+    rows, per_process = training_rows(placeholders_per_image), ROWS_PER_STEP // num_processes
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     losses, gradients = [], []
     for step in range(len(PICTURES)):
@@ -165,8 +168,8 @@ def assert_equal_training(result: dict, expected: dict):
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     for step, (gradients, expected_gradients) in enumerate(zip(result["gradients"], expected["gradients"])):
         assert gradients.keys() == expected_gradients.keys()
+        largest = max(gradient.abs().max() for gradient in expected_gradients.values())
         for name, gradient in expected_gradients.items():
-            largest = max(g.abs().max() for g in expected_gradients.values())
             error = (gradients[name] - gradient).abs().max()
             assert error <= 1e-5 * largest, (step, name, error)
 
@@ -260,6 +263,47 @@ class TestDistributedDataParallel:
         assert_equal_weights(trainer.model.state_dict(), single.model.state_dict())
 
 
+# ---- DistributedDataParallel, each fusion with each connector ----
+
+CONNECTORS = [("cross_attention", "causal"), ("prefix", "causal"), ("prefix", "prompt")]
+PAIRS = [*((fusion_type, "both", "pictures") for fusion_type in FUSIONS), *(("sva", *one) for one in CONNECTORS)]
+
+
+def train_pair(fusion_type: str, connector_type: str, prefix_mask: str) -> dict[str, list]:
+    fusion = {"fusion_type": fusion_type, "radius": 1, "depth": 1}
+    settings = {"feature_fusion_config": fusion, "connector_type": connector_type, "prefix_mask": prefix_mask}
+    coefs = {**AUXILIARY_LOSSES, "feature_consistency_coef": 0.5 * FUSIONS[fusion_type].gives_map}
+    model = tiny_model(**settings, **coefs).train()
+    engine = DistributedDataParallel(model) if distributed.is_initialized() else model
+    result = train(engine, placeholders_per_image=model.config.placeholders_per_image)
+    result["gradients"] = [
+        {name.removeprefix("module."): gradient for name, gradient in gradients.items()}
+        for gradients in result["gradients"]
+    ]
+    assert all(gradients.keys() == dict(model.named_parameters()).keys() for gradients in result["gradients"])
+    return result
+
+
+def worker_pairs(folder: Path):
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = {pair: train_pair(*pair) for pair in PAIRS}
+    if distributed.get_rank() == 0:
+        torch.save(results, folder / "worker_pairs.pt")
+    distributed.destroy_process_group()
+
+
+class TestEveryPair:
+    """Auxiliary losses where the fusion gives a map included; no parameter may go without a gradient in a process."""
+
+    @pytest.fixture(scope="class")
+    def results(self, tmp_path_factory) -> dict:
+        return launch_worker("worker_pairs", tmp_path_factory.mktemp("pairs"))
+
+    @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+    def test_losses_and_gradients_equal_those_of_one_process(self, results, pair):
+        assert_equal_training(results[pair], train_pair(*pair))
+
+
 # ---- FSDP2 ----
 
 
@@ -281,6 +325,12 @@ def shard(model: nn.Module, **kwargs) -> nn.Module:
 def assert_sharded(model: nn.Module):
     """Accelerate on a CPU, asked for FSDP, silently gives DistributedDataParallel."""
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def answers(model: nn.Module, rows: list[dict], **kwargs) -> torch.Tensor:
+    text = collate([row | {"input_ids": row["input_ids"][:8], "labels": row["labels"][:8]} for row in rows])
+    settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, **kwargs}
+    return model.generate(**{name: text[name] for name in text.keys() - {"labels"}}, **settings)
 
 
 def worker_fsdp(folder: Path):
@@ -305,6 +355,10 @@ def worker_fsdp(folder: Path):
     rows = training_rows()[2 * distributed.get_rank() :][:2]
     with torch.no_grad():
         results["text_logits"] = model(**collate(rows)).logits
+    for use_cache in (True, False):
+        gathered = [torch.empty(2, 12, dtype=torch.long) for _ in range(NUM_PROCESSES)]
+        distributed.all_gather(gathered, answers(model, rows, use_cache=use_cache))
+        results[f"answers, {use_cache}"] = torch.cat(gathered)
 
     frozen = shard(training_model("language_model"))
     results["language_model"] = train(frozen)
@@ -367,6 +421,11 @@ class TestFullyShard:
         with torch.no_grad():
             expected = single[0].eval()(**collate(training_rows()[:2])).logits
         torch.testing.assert_close(results["text_logits"], expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_text_alone_is_generated_from_beside_pictures(self, results, single, use_cache):
+        expected = answers(single[0].eval(), training_rows()[:ROWS_PER_STEP])
+        assert torch.equal(results[f"answers, {use_cache}"], expected)
 
     def test_the_folder_is_that_of_an_unsharded_model(self, results, single, folder):
         single[0].save_pretrained(folder / "unsharded")

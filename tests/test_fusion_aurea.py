@@ -391,6 +391,7 @@ class TestRegister:
         ({"fusion_type": "spatial_range", "output_dim": 95}, "output_dim` is 95.*96"),
         ({"fusion_type": "sva", "query_grid": 3}, r"query_grid` \(3, 3\) must divide.*\(8, 8\)"),
         ({"fusion_type": "sva", "spatial_grid": (6, 8)}, r"\(4, 4\) must divide.*\(6, 8\)"),
+        ({"fusion_type": "sva", "query_grid": [2, 1, 1]}, r"query_grid` is one side, or height and.*\[2, 1, 1\]"),
         ({"fusion_type": "sva", "query_grid": 0}, r"\(0, 0\)"),
         ({"fusion_type": "cross_attention", "num_attention_heads": 7}, r"num_attention_heads` \(7\).*96"),
         ({"fusion_type": "sva", "output_dim": 10, "num_attention_heads": 3}, r"\(3\).*10"),

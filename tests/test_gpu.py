@@ -81,6 +81,25 @@ def test_it_generates_the_same_with_each_cache_and_on_a_cpu(fusion, connector):
         assert model.generate(**inputs, **GREEDY, **setting).tolist() == expected.tolist(), setting
 
 
+@pytest.mark.parametrize("composition_type", ["cross_attention", "gated_attention", "simple_add"])
+def test_a_composition_is_that_of_a_cpu(composition_type):
+    settings = {"composition_type": composition_type, "num_composition_layers": 2, "num_attention_heads": 4}
+    model = tiny_model(composition_config=settings)
+    model.requires_grad_(False)
+    model.model.composition.requires_grad_(True)
+    other = copy.deepcopy(model).cuda()
+    pixel_values = random_pixels(3, model.config)
+    expected = model.get_image_features(pixel_values).pooler_output
+    given = other.get_image_features(pixel_values.cuda()).pooler_output
+    torch.testing.assert_close(given.cpu(), expected, atol=1e-4, rtol=1e-4)
+    expected.square().sum().backward()
+    given.square().sum().backward()
+    gradients = dict(other.model.composition.named_parameters())
+    for name, parameter in model.model.composition.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(gradients[name].grad.cpu(), parameter.grad, atol=1e-3 * scale, rtol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("connector_type", ["cross_attention", "prefix", "both"])
 @torch.no_grad()
 def test_a_compiled_static_cache_generates_the_same(connector_type):

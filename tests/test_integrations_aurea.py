@@ -32,6 +32,7 @@ CODE_FILES = {
     "name_tables_aurea.py",
     "own_fusion_aurea.py",
     "parts_aurea.py",
+    "prefix_trial_aurea.py",
     "pretrained_model_aurea.py",
     "processing_aurea.py",
     "projector_aurea.py",

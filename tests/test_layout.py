@@ -14,9 +14,9 @@ FILES = sorted(Path(transformers_aurea.__file__).parent.glob("*.py"))
 ORDER = [
     *("spatial_range_attention", "name_tables", "versions", "weaving", "image_processing"),
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
-    *("own_fusion", "configuration", "visual_context"),
-    *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "decoding", "projector"),
-    *("language_model", "pretrained_model", "parts"),
+    *("fusion_promises", "own_fusion", "configuration", "visual_context"),
+    *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "composition", "decoding", "projector"),
+    *("language_model", "pretrained_model", "parts", "prefix_trial"),
     *("modeling", "processing"),
 ]
 OF_THE_PACKAGE_ALONE = {"generation", "tokenization", "training", "data"}

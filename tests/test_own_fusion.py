@@ -94,8 +94,8 @@ def own(write):
     return write(OWN_FUSION)
 
 
-def eight_model(connector_type: str = "cross_attention") -> AureaForConditionalGeneration:
-    return tiny_model(feature_fusion_config={"fusion_type": "eight"}, connector_type=connector_type)
+def eight_model(connector_type: str = "cross_attention", **settings) -> AureaForConditionalGeneration:
+    return tiny_model(feature_fusion_config={"fusion_type": "eight"}, connector_type=connector_type, **settings)
 
 
 def two_pictures(model: AureaForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -159,6 +159,84 @@ class TestPromises:
         model = eight_model()
         with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) promises .*gives (NoneType|tuple)\. Correct"):
             model(**two_pictures(model))
+
+    @pytest.mark.parametrize(
+        ("line", "instead", "error", "match"),
+        [
+            (
+                "self.num_tokens, self.output_dim = 8, 20",
+                "self.num_tokens = 8",
+                ValueError,
+                "`output_dim`.*it is None",
+            ),
+            ("self.output_dim = 8, 20", "self.output_dim = 0, 20", ValueError, "`num_tokens`.* int from 1 on.* is 0"),
+            ("self.output_dim = 8, 20", "self.output_dim = 8.0, 20", ValueError, r"`num_tokens`.*it is 8\.0"),
+            (
+                "super().__init__(config)",
+                "pass",
+                RuntimeError,
+                r"cannot be built: .*`super\(\).__init__\(config\)` first",
+            ),
+            ("= 8, 20", "= torch.tensor(8).item(), 20", RuntimeError, "meta tensors.* belongs in `init_weights`"),
+        ],
+    )
+    def test_what_init_leaves_out_is_named(self, write, line, instead, error, match):
+        assert line in OWN_FUSION
+        text = OWN_FUSION.replace(line, instead)
+        write(
+            text.replace(
+                "self.proj = nn.Linear(sum(config.feature_sizes), self.output_dim)", "self.proj = nn.Linear(28, 20)"
+            )
+        )
+        with pytest.raises(error, match=rf"'eight' \(EightTokens\) .*{match}"):
+            eight_model()
+
+    def test_what_a_fusion_raises_itself_is_the_cause(self, write):
+        write(OWN_FUSION.replace("self.num_tokens, self.output_dim = 8, 20", "raise RuntimeError('of its own')"))
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) cannot be built: of its own") as caught:
+            eight_model()
+        assert caught.value.__cause__.args == ("of its own",)
+
+    def test_tokens_of_another_dtype_are_named_but_not_those_of_autocast(self, write):
+        text = OWN_FUSION.replace("return self.proj(", "tokens = self.proj(")
+        write(text.replace("\n\n\nregister(", "\n        return tokens.bfloat16()\n\n\nregister("))
+        model = eight_model()
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) promises tokens in the dtype .*bfloat16"):
+            model(**two_pictures(model))
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**two_pictures(model))
+
+    @pytest.mark.parametrize("given", ["tokens", "(tokens, tokens)", "(tokens, None)"])
+    def test_a_map_that_is_declared_and_not_given_is_named(self, write, given):
+        text = OWN_FUSION.replace("(AureaFusion):", "(AureaFusion):\n    gives_map = True")
+        text = text.replace("spatial_features):", "spatial_features, return_map=False):")
+        text = text.replace("return self.proj(", "tokens = self.proj(")
+        write(text.replace("\n\n\nregister(", f"\n        return {given} if return_map else tokens\n\n\nregister("))
+        model = eight_model(feature_consistency_coef=0.1)
+        model.eval()(**two_pictures(model))
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) declares `gives_map`.*\(2, height, width"):
+            model.train()(**two_pictures(model))
+
+    @pytest.mark.parametrize("names", ["()", "'vision_config'", "('vision_model',)"])
+    def test_encoders_that_there_are_not_are_named(self, write, names):
+        encoders = f"    @classmethod\n    def encoders(cls, config):\n        return {names}\n\n    def __init__"
+        write(OWN_FUSION.replace("    def __init__", encoders))
+        with pytest.raises(ValueError, match=r"'eight' \(EightTokens\) must name .*spatial_vision_config as its `enc"):
+            eight_model()
+
+    def test_declarations_that_nobody_could_read_are_refused(self):
+        class Plain(fusion_aurea.AureaFusion):
+            no_split = "Layer"
+
+        with pytest.raises(TypeError, match=r"`Plain\.no_split` is a tuple of names, got 'Layer'"):
+            register_fusion("plain", Plain)
+
+        class Mapless(fusion_aurea.AureaFusion):
+            gives_map = True
+
+        with pytest.raises(TypeError, match="Mapless declares `gives_map`, but its `forward` takes no `return_map`"):
+            register_fusion("mapless", Mapless)
+        assert not {"plain", "mapless"} & FUSIONS.keys()
 
     def test_a_class_that_is_no_fusion_is_not_registered(self):
         with pytest.raises(TypeError, match="subclass of `AureaFusion`"):

@@ -35,6 +35,7 @@ from transformers_aurea.training_aurea import (
 
 ENCODERS = ("vision_model", "spatial_vision_model")
 UNTIED = {"tie_word_embeddings": False}
+COMPOSITION = {"num_composition_layers": 2, "num_attention_heads": 4}
 
 
 def row(index: int, num_images: int) -> dict:
@@ -92,7 +93,7 @@ def in_group(names: set[str], *groups: str) -> set[str]:
 
 class TestParameterGroups:
     def wrap(self, kind: str) -> nn.Module:
-        model = tiny_model(UNTIED)
+        model = tiny_model(UNTIED, composition_config=COMPOSITION)
         if kind == "peft":
             peft = pytest.importorskip("peft")
             saved = GROUP_MODULES["projector"] + GROUP_MODULES["cross_attention"]
@@ -126,7 +127,7 @@ class TestParameterGroups:
 class TestSetTrainable:
     @pytest.mark.parametrize("stage", STAGES)
     def test_a_stage_trains_its_groups_and_nothing_else(self, stage):
-        model = tiny_model()
+        model = tiny_model(composition_config=COMPOSITION)
         report = set_trainable(model, stage)
         for group, parameters in parameter_groups(model).items():
             size = sum(parameter.numel() for parameter in parameters.values())
@@ -147,16 +148,17 @@ class TestSetTrainable:
         recipe = {
             "align": {"fusion", "projector", "cross_attention"},
             "instruct": {"fusion", "projector", "cross_attention", "language_model"},
-            "full": {"vision", "spatial_vision", "fusion", "projector", "cross_attention", "language_model"},
+            "full": {*PARAMETER_GROUPS},
+            "compose": {"composition"},
         }
         assert STAGES.keys() == recipe.keys()
         for stage, groups in recipe.items():
-            report = set_trainable(tiny_model(), stage)
+            report = set_trainable(tiny_model(composition_config=COMPOSITION), stage)
             assert {group for group, (trainable, _) in report.items() if trainable} == groups
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_a_step_of_text_alone_gives_every_trainable_parameter_a_gradient(self, stage):
-        model = tiny_model().train()
+        model = tiny_model(composition_config=COMPOSITION).train()
         set_trainable(model, stage)
         model(**collate([row(0, 0), row(1, 0)])).loss.backward()
         for name, parameter in model.named_parameters():
@@ -189,7 +191,7 @@ class TestSetTrainable:
         lines = str(set_trainable(model, "projector")).splitlines()
         assert [line.split()[0] for line in lines] == ["group", *PARAMETER_GROUPS, "all"]
         size = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
-        assert lines[4].split()[1:] == [f"{size:,}", f"{size:,}", "100.00%"]
+        assert lines[5].split()[1:] == [f"{size:,}", f"{size:,}", "100.00%"]
         assert lines[1].split()[1] == "0"
 
     def test_the_report_counts_weights_as_they_were_before_packing(self):
@@ -205,7 +207,7 @@ class TestSetTrainable:
     def test_an_unknown_name_is_refused_and_changes_nothing(self, groups):
         model = tiny_model()
         set_trainable(model, "vision")
-        with pytest.raises(ValueError, match=r"\['encoders'\].*vision, spatial_vision, fusion, projector.*align"):
+        with pytest.raises(ValueError, match=r"\['encoders'\].*spatial_vision, composition, fusion, projector.*align"):
             set_trainable(model, groups)
         assert TrainableReport.of(model).trainable == TrainableReport.of(model)["vision"][1] > 0
 
@@ -218,12 +220,15 @@ class TestSetTrainable:
     def test_a_stage_takes_what_a_configuration_has(self):
         settings = {"feature_fusion_config": {"fusion_type": "none"}, "connector_type": "prefix"}
         model = AureaForConditionalGeneration(AureaConfig(**tiny_config().to_dict() | settings))
-        trained = {stage: {name for name, (n, _) in set_trainable(model, stage).items() if n} for stage in STAGES}
+        stages = STAGES.keys() - {"compose"}
+        trained = {stage: {name for name, (n, _) in set_trainable(model, stage).items() if n} for stage in stages}
         assert trained["align"] == {"projector"}
         assert trained["instruct"] == {"projector", "language_model"}
         assert trained["full"] == {"projector", "language_model", "vision"}
         with pytest.raises(ValueError, match="'fusion' has no parameters"):
             set_trainable(model, ["projector", "fusion"])
+        with pytest.raises(ValueError, match="'composition' has no parameters"):
+            set_trainable(model, "compose")
 
     def test_quantised_weights_are_refused(self):
         model = tiny_model()
@@ -273,8 +278,8 @@ class TestLoraTargets:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("preset", LORA_TARGETS)
     def test_a_preset_adapts_every_linear_layer_of_its_groups_and_no_encoder(self, family, preset):
-        model = tiny_model({"model_type": family, **FAMILIES[family]})
-        groups = ("language_model", "cross_attention", "fusion", "projector") if preset == "all" else (preset,)
+        model = tiny_model({"model_type": family, **FAMILIES[family]}, composition_config=COMPOSITION)
+        groups = PARAMETER_GROUPS[2:] if preset == "all" else (preset,)
         expected = in_group(linear_modules(model), *groups) - {"lm_head"}
         assert expected
         adapted = adapted_model(model, lora_targets(model, preset))

@@ -13,7 +13,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_aurea import AureaConfig, AureaFusionConfig
+from .configuration_aurea import AureaCompositionConfig, AureaConfig, AureaFusionConfig
 from .embedded_model import embedded_model_path
 from .fusion_aurea import AureaFusion, register_fusion
 from .generation_aurea import NEUTRAL_SAMPLING, DynamicTopKLogitsWarper, published_sampling
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         PARAMETER_GROUPS,
         STAGES,
         AuxiliaryLossLogger,
+        CompositionEntropy,
         GroupGradientNorms,
         SpatialRangeEntropy,
         TrainableReport,
@@ -65,6 +66,7 @@ _TRAINING = {
         "PARAMETER_GROUPS",
         "STAGES",
         "AuxiliaryLossLogger",
+        "CompositionEntropy",
         "GroupGradientNorms",
         "SpatialRangeEntropy",
         "TrainableReport",

@@ -58,7 +58,7 @@ def share_of_loss(
     """What they add to the loss of a batch or of a part of one, see `share_of_batch`."""
     coefs = config.auxiliary_loss_coefs
     weighted = sum(coefs[name] * values for name, values in auxiliary_losses.items())
-    return share_of_batch(weighted, image_tokens, labels, num_items_in_batch)
+    return share_of_batch(weighted, image_tokens, labels, num_items_in_batch, config.placeholders_per_image)
 
 
 __all__ = ["check_are_trained", "fusion_losses", "share_of_loss"]

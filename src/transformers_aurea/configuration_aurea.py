@@ -20,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
 from .fusion_aurea import FUSIONS, AureaFusion
+from .fusion_promises_aurea import make_fusion
 from .name_tables_aurea import enter_name_tables
 from .own_fusion_aurea import check_own_fusion, is_own_fusion, is_remote_code, load_own_fusion, save_own_fusion
 
@@ -98,7 +99,7 @@ enter_name_tables()
 
 
 class AureaUnfitLanguageModelError(ValueError):
-    """A language model that cannot read pictures through cross-attention, and why."""
+    """A language model that cannot read pictures in the way that is asked for, and why."""
 
     def __init__(self, text_config: PreTrainedConfig, reason: str):
         self.reason = reason
@@ -187,7 +188,9 @@ class AureaFusionConfig(PreTrainedConfig):
 
     def query_grid_for(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of queries over a map of this grid."""
-        return (grid[0] // 2, grid[1] // 2) if self.query_grid is None else _pair(self.query_grid)
+        if self.query_grid is None:
+            return grid[0] // 2, grid[1] // 2
+        return _pair(self.query_grid, "`feature_fusion_config.query_grid`")
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -205,6 +208,44 @@ class AureaFusionConfig(PreTrainedConfig):
 
 
 @strict
+class AureaCompositionConfig(PreTrainedConfig):
+    r"""
+    Settings of the composition, by which the semantic encoder reads the spatial one layer by layer. See
+    `docs/relatives.md`.
+
+    Args:
+        composition_type (`str`, *optional*, defaults to `"cross_attention"`):
+            `"cross_attention"`, the semantic encoder's tokens ask, the spatial encoder's answer;
+            `"gated_attention"`, likewise, each channel of the answer behind a gate; `"simple_add"`, patches are added
+            to patches, for which both encoders must give one grid.
+        mapping_type (`str`, *optional*, defaults to `"linear"`):
+            How the spatial encoder's hidden states get the semantic encoder's width: `"linear"`; `"mlp"`, two linear
+            layers; or `"attention"`, a linear layer and self-attention.
+        num_composition_layers (`int`, *optional*, defaults to 4):
+            Compositions, evenly over the layers of both encoders, the last after their last.
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of their attention, which divide the semantic encoder's width.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5):
+            Epsilon of their layer norms.
+    """
+
+    model_type = "aurea_composition"
+    base_config_key = "composition_config"
+
+    composition_type: Literal["cross_attention", "gated_attention", "simple_add"] = "cross_attention"
+    mapping_type: Literal["linear", "mlp", "attention"] = "linear"
+    num_composition_layers: int = 4
+    num_attention_heads: int = 8
+    layer_norm_eps: float = 1e-5
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        for name in ("num_composition_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`composition_config.{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+@strict
 class AureaConfig(PreTrainedConfig):
     r"""
     Configuration of [`AureaModel`] and [`AureaForConditionalGeneration`].
@@ -218,6 +259,8 @@ class AureaConfig(PreTrainedConfig):
             The language model, any decoder of transformers. Whether it can read pictures is seen when it is built.
         feature_fusion_config (`dict` or [`AureaFusionConfig`], *optional*):
             How the two feature maps become one.
+        composition_config (`dict` or [`AureaCompositionConfig`], *optional*):
+            How the semantic encoder reads the spatial one before that, layer by layer; by default it does not.
         connector_type (`str`, *optional*, defaults to `"cross_attention"`):
             How visual tokens reach the decoder: `"cross_attention"`, through blocks woven into its layers, beside one
             placeholder per picture; `"prefix"`, in the place of the placeholders, one for each visual token; or
@@ -315,12 +358,14 @@ class AureaConfig(PreTrainedConfig):
         ),
         "text_config": SubConfigSpec(AutoConfig, model_type="phi3", init_kwargs=_PHI4_MINI),
         "feature_fusion_config": SubConfigSpec(AureaFusionConfig),
+        "composition_config": SubConfigSpec(AureaCompositionConfig, optional=True),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
     spatial_vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     feature_fusion_config: dict | PreTrainedConfig | None = None
+    composition_config: dict | PreTrainedConfig | None = None
     connector_type: Literal["cross_attention", "prefix", "both"] = "cross_attention"
     prefix_mask: Literal["causal", "pictures", "prompt"] = "causal"
     first_position_id: int = 0
@@ -394,14 +439,22 @@ class AureaConfig(PreTrainedConfig):
         self.feature_consistency_kernel = _CONSISTENCY_KERNEL | (self.feature_consistency_kernel or {})
 
     def _take_encoders(self):
-        """Those that the fusion needs; a configuration that it has no use for becomes None."""
+        """Those that the fusion needs, or the composition, which needs both; a configuration for which there is no use
+        becomes None."""
         fusion = self.feature_fusion_config
         if fusion.fusion_type in _FORMER_FUSIONS:
             fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
             self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
-        for name in self.encoder_configs.keys() - self.fusion_class.encoders(self):
-            setattr(self, name, None)
+        needed, known = {*self.fusion_class.encoders(self)}, self.encoder_configs.keys()
+        if not needed or needed - known:
+            raise ValueError(
+                f"The fusion '{fusion.fusion_type}' ({self.fusion_class.__name__}) must name one or more of "
+                f"{', '.join(known)} as its `encoders`, and names {sorted(needed)}."
+            )
+        if self.composition_config is None:
+            for name in known - needed:
+                setattr(self, name, None)
         for config in self.encoder_configs.values():
             if config.model_type == "siglip_vision_model":
                 config.vision_use_head = False
@@ -528,7 +581,7 @@ class AureaConfig(PreTrainedConfig):
     def tokens_per_image(self) -> int:
         """Visual tokens of one picture, of which the fusion has the say."""
         with torch.device("meta"):
-            return self.fusion_class(self).num_tokens
+            return make_fusion(self).num_tokens
 
     @property
     def fills_placeholders(self) -> bool:
@@ -568,6 +621,7 @@ class AureaConfig(PreTrainedConfig):
             )
         self._validate_heads()
         self._validate_views()
+        self._validate_composition()
         self._validate_connector()
         self._validate_cross_attention_layers()
         self._validate_auxiliary_losses()
@@ -636,6 +690,41 @@ class AureaConfig(PreTrainedConfig):
             if any(side < step or side % step for side, step in zip(view, stride)):
                 raise ValueError(f"The view of `{name}` is {view} pixels, not a multiple of its patches of {stride}.")
         self.fusion_class.validate_config(self)
+
+    def _validate_composition(self):
+        settings = self.composition_config
+        if settings is None:
+            return
+        settings.validate_architecture()
+        fusion = self.feature_fusion_config.fusion_type
+        if "vision_config" not in self.fusion_class.encoders(self):
+            raise ValueError(
+                f"`composition_config` changes what the semantic encoder sees, but the fusion '{fusion}' reads the "
+                "spatial encoder alone. Choose another fusion, or leave `composition_config` out."
+            )
+        for name, config in self.encoder_configs.items():
+            depth = optional_field(config, "num_hidden_layers")
+            if _is_hierarchical(config) or depth is None:
+                raise ValueError(
+                    f"`composition_config` composes layers of one width, but `{name}` is of type "
+                    f"'{config.model_type}', an encoder of stages. Choose another, or leave `composition_config` out."
+                )
+            if settings.num_composition_layers > depth:
+                raise ValueError(
+                    f"`composition_config.num_composition_layers` ({settings.num_composition_layers}) must not be "
+                    f"more than the layers of `{name}` ({depth})."
+                )
+        dim, heads = self.vision_config.hidden_size, settings.num_attention_heads
+        if dim % heads:
+            raise ValueError(
+                f"`composition_config.num_attention_heads` ({heads}) must divide `vision_config.hidden_size` ({dim})."
+            )
+        if settings.composition_type == "simple_add" and len({*self.grid_sizes}) > 1:
+            raise ValueError(
+                f"The composition 'simple_add' needs one grid, but the semantic encoder gives {self.grid_sizes[0]} "
+                f"patches and the spatial encoder {self.grid_sizes[1]}. Choose `vision_image_size` and "
+                "`spatial_vision_image_size` so that they agree, or another `composition_type`."
+            )
 
     def _validate_connector(self):
         if self.prefix_mask != "causal" and self.connector_type == "cross_attention":
@@ -708,9 +797,9 @@ def optional_field(config: PreTrainedConfig, name: str):
         return None
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def _pair(size: int | list[int] | tuple[int, int], name: str = "An image size") -> tuple[int, int]:
     if not isinstance(size, int) and len(size) != 2:
-        raise ValueError(f"An image size is one side, or height and width; got {size}.")
+        raise ValueError(f"{name} is one side, or height and width; got {size}.")
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -772,4 +861,4 @@ def _feature_size(config: PreTrainedConfig) -> int:
     return size
 
 
-__all__ = ["AureaConfig", "AureaFusionConfig"]
+__all__ = ["AureaCompositionConfig", "AureaConfig", "AureaFusionConfig"]

@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
-from .configuration_aurea import AureaConfig
+from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError
 from .versions_aurea import CACHE_NAME
 from .visual_context_aurea import AureaVisualContext
 
@@ -141,8 +141,21 @@ class AureaConnector:
             is_prompt = cache is None or cache.get_seq_length() == 0
             blocks = torch.full_like(context.image_tokens, 0 if is_prompt else -1, dtype=torch.long)
             blocks = blocks if prompt_blocks is None else prompt_blocks
-        if blocks is None:
-            return attention_mask
+        return attention_mask if blocks is None else self.mask_of(blocks, attention_mask, config, cache, position_ids)
+
+    def mask_of(
+        self,
+        blocks: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        config: PreTrainedConfig,
+        cache: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor | dict | None:
+        """The decoder's attention mask where tokens of one number in `blocks` (batch, T) see each other, but -1 none.
+
+        Raises:
+            AureaUnfitLanguageModelError: the attention takes no mask of single tokens.
+        """
         mask = create_masks_for_generate(
             config=config,
             inputs_embeds=torch.empty(*blocks.shape, 0, dtype=config.dtype, device=blocks.device),
@@ -151,12 +164,13 @@ class AureaConnector:
             block_sequence_ids=blocks,
             **{CACHE_NAME: cache},
         )
-        masks = mask.values() if isinstance(mask, dict) else [mask]
-        if blocks.shape[1] > 1 and any(one is None or one is attention_mask for one in masks):
-            raise ValueError(
-                f"`prefix_mask` is {self.prefix_mask!r}, but the attention {config._attn_implementation!r} of a "
-                f"'{config.model_type}' takes no mask of single tokens, and would read the text causally. Choose "
-                '`attn_implementation="sdpa"`, another language model, or `prefix_mask="causal"`.'
+        masks = mask.values() if isinstance(mask, dict) else [mask]  # of kinds of layers: recurrent ones have none
+        if blocks.shape[1] > 1 and not any(one is not None and len(one.shape) == 4 for one in masks):
+            raise AureaUnfitLanguageModelError(
+                config,
+                f"whose attention {config._attn_implementation!r} takes no mask of single tokens, as `prefix_mask="
+                f'{self.prefix_mask!r}` makes, and would read the text causally. `attn_implementation="sdpa"` may '
+                'take one, `prefix_mask="causal"` needs none',
             )
         return mask
 

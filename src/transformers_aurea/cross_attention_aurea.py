@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError
-from .weaving_aurea import woven_class
+from .weaving_aurea import layers_of, woven_class
 
 
 # Names of the blocks in a decoder layer, and of the layers in them that begin with zeros where a model is made of
@@ -198,24 +198,19 @@ class AureaWovenDecoderLayerMixin:
 
 
 def decoder_layers(language_model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and module of the list of decoder layers: the outermost list of `num_hidden_layers` modules.
+    """Name and module of the list of decoder layers.
 
     Raises:
         AureaUnfitLanguageModelError: there is none.
     """
-    num_layers = language_model.config.num_hidden_layers
-    lists = [
-        (name, module)
-        for name, module in language_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
-    ]
-    if not lists:
+    named = layers_of(language_model)
+    if named is None:
         raise AureaUnfitLanguageModelError(
             language_model.config,
-            f"whose {type(language_model).__name__} has no list of {num_layers} layers (`num_hidden_layers`) into "
-            "which cross-attention blocks could be woven",
+            f"whose {type(language_model).__name__} has no list of {language_model.config.num_hidden_layers} layers "
+            "(`num_hidden_layers`) into which cross-attention blocks could be woven",
         )
-    return min(lists, key=lambda named: named[0].count("."))
+    return named
 
 
 def weave_cross_attention(language_model: PreTrainedModel, config: AureaConfig) -> None:

@@ -154,8 +154,14 @@ def to_chat_row(row: dict[str, Any], index: int | None = None, image_folder: str
         turn = turn if isinstance(turn, Mapping) else {}
         role = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
         content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
-        outside = [{"type": f"pictures under '{key}'"} for key in ("images", "image") if _is_given(turn.get(key))]
-        messages.append({"role": LLAVA_ROLES.get(str(role), str(role)), "content": _to_parts(content) + outside})
+        outside = [f"pictures under '{key}'" for key in ("images", "image") if _is_given(turn.get(key))]
+        outside += [f"`{key}` beside the content" for key in ("reasoning_content", "tool_calls") if turn.get(key)]
+        messages.append(
+            {
+                "role": LLAVA_ROLES.get(str(role), str(role)),
+                "content": _to_parts(content) + [{"type": kind} for kind in outside],
+            }
+        )
 
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     plain = all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns)

@@ -11,6 +11,9 @@ from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states
 from .visual_context_aurea import count_images, group_by_row, has_text_that_should_have_seen, images_in_cache
 
 
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
 VISUAL_INPUTS = ("cross_attention_states", "image_embeds", "num_images")
 
 
@@ -129,13 +132,23 @@ class AureaGenerationMixin(GenerationMixin):
             counts = count_images(image_tokens, pixel_values.shape[0], seen, connector.placeholders_per_image)
             if connector.weaves and not is_continued and has_text_that_should_have_seen(cache, counts):
                 cache.reset()  # the whole text was given, and is read again
-            image_features = self.get_image_features(pixel_values).pooler_output
+            image_features = self._features_before_forward(pixel_values)
             states, num_images = group_by_row(image_features, counts)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in VISUAL_INPUTS}
             model_kwargs |= connector.inputs(states, num_images)
+        elif states is None and self.is_gathered_by_all:
+            blank = torch.zeros(1, len(self.config.views), 3, *self.config.canvas, device=input_ids.device)
+            image_features = self._features_before_forward(blank)
+            if not has_cached_states:
+                model_kwargs |= connector.inputs(image_features, input_ids.new_zeros(1))  # which no row sees
         if states is not None and has_cached_states:
             cache.forget_visual_states()
         return model_kwargs
+
+    def _features_before_forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if torch.distributed.is_available() and "get_image_features" not in vars(self):
+            register_fsdp_forward_method(self, "get_image_features")  # FSDP2 gathers weights for `forward` alone
+        return self.get_image_features(pixel_values).pooler_output
 
 
 __all__ = ["AureaGenerationMixin"]

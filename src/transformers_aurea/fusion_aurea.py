@@ -17,6 +17,7 @@ of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttentio
 """
 
 import math
+from inspect import signature
 
 import torch
 from torch import nn
@@ -37,12 +38,22 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
     """Makes a fusion known by name: `feature_fusion_config={"fusion_type": name}`.
 
     Raises:
-        TypeError: `fusion_class` is no subclass of [`AureaFusion`].
+        TypeError: `fusion_class` is no subclass of [`AureaFusion`], declares names otherwise than as a tuple, or a map
+            that its `forward` cannot be asked for.
         ValueError: another class has the name.
     """
     # By name: a folder's fusion derives from the folder's own copy of the class.
     if not (isinstance(fusion_class, type) and "AureaFusion" in {base.__name__ for base in fusion_class.__mro__}):
         raise TypeError(f"A fusion is a subclass of `AureaFusion`, got {fusion_class!r}.")
+    for declared in ("kept_in_fp32", "not_quantized", "no_split"):
+        names = getattr(fusion_class, declared)
+        if not isinstance(names, tuple) or not all(isinstance(one, str) for one in names):
+            raise TypeError(f"`{fusion_class.__name__}.{declared}` is a tuple of names, got {names!r}.")
+    if fusion_class.gives_map and "return_map" not in signature(fusion_class.forward).parameters:
+        raise TypeError(
+            f"{fusion_class.__name__} declares `gives_map`, but its `forward` takes no `return_map`. Let it, or leave "
+            "`gives_map` out."
+        )
     known = FUSIONS.setdefault(name, fusion_class)
     if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):
         raise ValueError(f"'{name}' is {known.__module__}.{known.__qualname__} already: choose another name.")
@@ -316,8 +327,16 @@ class AureaFusionAttention(nn.Module):
 
     def forward(self, tokens: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         states = self.q_proj(tokens), self.k_proj(source), self.v_proj(source)
-        heads = (state.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for state in states)
+        heads = (self._split(state) for state in states)
         return self.o_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    def weights(self, tokens: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        """How much each token looks at each of the others: `(batch, heads, N, M)`, in float32."""
+        query, key = self._split(self.q_proj(tokens)).float(), self._split(self.k_proj(source)).float()
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+    def _split(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 def _validate_heads(config) -> None:
@@ -425,18 +444,20 @@ class AureaSpatialVisionAggregator(AureaFusion):
 
 
 class AureaNoFusion(AureaFusion):
-    """One encoder alone, that of `feature_fusion_config.encoder`; the other is not there at all.
+    """One encoder alone, that of `feature_fusion_config.encoder`; the other is not there at all, unless it is composed
+    with the one.
 
     Its features as they are or, with an `output_dim`, `x = W LN(s)`.
     """
 
     needs_map = False
+    needs_one_grid = False
     gives_map = True
 
     def __init__(self, config):
         super().__init__(config)
         settings = config.feature_fusion_config
-        [feature_size] = config.feature_sizes
+        feature_size = config.feature_sizes[0]
         self.output_dim = settings.output_dim or feature_size
         self.norm_name = {"vision": "semantic_norm", "spatial_vision": "spatial_norm"}[settings.encoder]
         self.is_identity = settings.output_dim is None
@@ -451,7 +472,7 @@ class AureaNoFusion(AureaFusion):
     def forward(
         self, semantic_features: torch.Tensor | None, spatial_features: torch.Tensor | None, return_map: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See [`AureaFusion`]; one of the two is None. The map is the one before the linear layer."""
+        """See [`AureaFusion`]; the first that is there is read. The map is the one before the linear layer."""
         features = spatial_features if semantic_features is None else semantic_features
         if not self.is_identity:
             norm = self.get_submodule(self.norm_name)

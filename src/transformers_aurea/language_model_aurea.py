@@ -10,11 +10,9 @@ of the logits, losses of routers, what it prepares for each step of a generation
 no family is known by name. Whether a decoder can carry cross-attention is told by what it does when it is run.
 """
 
-import copy
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from inspect import signature
-from itertools import chain
 from operator import attrgetter
 
 import torch
@@ -33,7 +31,7 @@ from transformers.utils import logging
 
 from .configuration_aurea import AureaConfig, AureaUnfitLanguageModelError, optional_field
 from .cross_attention_aurea import decoder_layers
-from .weaving_aurea import woven_class
+from .weaving_aurea import copy_on_meta, woven_class
 
 
 logger = logging.get_logger(__name__)
@@ -98,9 +96,8 @@ class AureaLinearHeadForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, decoder: PreTrainedModel):
         config = decoder.config
-        super().__init__(
-            type(config).from_dict(config.to_dict())
-        )  # without attention, which is the decoder's to choose
+        # A copy, which says nothing of attention and experts: those are the decoder's to choose.
+        super().__init__(type(config).from_dict(config.to_dict()))
         self.model, self.config = decoder, config
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, dtype=decoder.dtype)
         self.post_init()
@@ -260,18 +257,6 @@ def watched_layers(decoder: PreTrainedModel):
         )
 
 
-def _copy_on_meta(decoder: PreTrainedModel) -> PreTrainedModel:
-    """The same modules over tensors without data, in bfloat16, which routers of experts want there."""
-
-    def without_data(tensor: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-    tensors = chain(decoder.parameters(), decoder.buffers())
-    return copy.deepcopy(decoder, {id(tensor): without_data(tensor) for tensor in tensors})
-
-
 @torch.no_grad()
 def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     """Whether the woven decoder was seen to carry visual states to its layers; False if it could not be run.
@@ -281,7 +266,7 @@ def carries_cross_attention(decoder: PreTrainedModel) -> bool:
     Raises:
         AureaUnfitLanguageModelError: it was run, and does not carry them.
     """
-    makers = [lambda: _copy_on_meta(decoder)]
+    makers = [lambda: copy_on_meta(decoder)]
     if decoder.device.type != "meta":
         makers.append(lambda: decoder)
     was_training = decoder.training

@@ -202,6 +202,7 @@ def share_of_batch(
     image_tokens: torch.Tensor,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    placeholders_per_image: int = 1,
 ) -> torch.Tensor:
     """The losses of pictures as a part of a batch's loss, which is a mean over the tokens to predict.
 
@@ -210,15 +211,17 @@ def share_of_batch(
 
     Args:
         losses: `(num_images,)`, in the order of the placeholders.
-        image_tokens: `(batch, tokens)`, True at each picture's placeholder.
+        image_tokens: `(batch, tokens)`, True at each picture's placeholders.
         labels: `(batch, tokens)`, -100 where nothing is to be predicted; the first token of a row never is.
         num_items_in_batch: tokens to predict in the whole batch; by default those in `labels`.
+        placeholders_per_image: of each picture.
 
     Returns:
         A scalar.
     """
     num_targets = (labels[:, 1:] != -100).sum(dim=1)  # (B,)
-    weights = (num_targets / image_tokens.sum(dim=1))[image_tokens.nonzero()[:, 0]]  # (num_images,)
+    num_images = image_tokens.sum(dim=1) / placeholders_per_image  # (B,)
+    weights = (num_targets / num_images)[image_tokens.nonzero()[::placeholders_per_image, 0]]  # (num_images,)
     total = num_targets.sum() if num_items_in_batch is None else num_items_in_batch
     return (losses.to(weights.device) * weights).sum() / total
 

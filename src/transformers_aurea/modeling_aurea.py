@@ -27,10 +27,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .auxiliary_losses_aurea import check_are_trained, fusion_losses, share_of_loss
+from .composition_aurea import AureaComposition, look_through
 from .configuration_aurea import AureaConfig, optional_field
 from .connectors_aurea import AureaConnector
 from .cross_attention_aurea import AureaCrossAttentionBlock, cross_attention_tp_plan, weave_cross_attention
 from .decoding_aurea import AureaGenerationMixin
+from .fusion_promises_aurea import fuse, make_fusion
 from .language_model_aurea import (
     carries_cross_attention,
     decoder_of,
@@ -41,7 +43,8 @@ from .language_model_aurea import (
 )
 from .modeling_outputs_aurea import AureaCausalLMOutputWithPast, AureaImageFeaturesOutput, AureaModelOutputWithPast
 from .parts_aurea import AureaFromPartsMixin
-from .pretrained_model_aurea import AureaPreTrainedModel, is_sharded
+from .prefix_trial_aurea import reads_prefix, reads_prefix_here
+from .pretrained_model_aurea import AureaPreTrainedModel
 from .projector_aurea import AureaMultiModalProjector
 from .versions_aurea import CACHE_NAME, names_untested_version, one_cache
 from .vision_encoder_aurea import batch_norms, in_evaluation_mode, make_encoder
@@ -67,7 +70,7 @@ class AureaModel(AureaPreTrainedModel):
             The decoder, which is woven in place; by default a new one of `config.text_config`.
 
     Args of `forward`:
-        pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`, *optional*):
+        pixel_values (`torch.FloatTensor` of shape `(num_images, num_views, 3, height, width)`, *optional*):
             All pictures of the batch in the order of their placeholders, row by row. With a kept cache these are
             the pictures of the whole conversation, and replace the cached ones.
         cross_attention_states (`torch.FloatTensor`, *optional*):
@@ -100,13 +103,16 @@ class AureaModel(AureaPreTrainedModel):
         super().__init__(config)
         self.vision_model = make_encoder(config, "vision_config")
         self.spatial_vision_model = make_encoder(config, "spatial_vision_config")
-        self.fusion = config.fusion_class(config)
+        has_composition = config.composition_config is not None
+        self.composition = AureaComposition(config, self.vision_model) if has_composition else None
+        self.fusion = make_fusion(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
         self.connector = AureaConnector(config)
         if self.connector.weaves:
             weave_cross_attention(self.language_model, config)
         self._carries_pictures = not self.connector.weaves or carries_cross_attention(self.language_model)
+        self._reads_prefix = not self.connector.fills or reads_prefix(self.language_model, self.connector)
         self.post_init()
         if self.connector.weaves:
             plan = cross_attention_tp_plan(self.language_model)
@@ -123,7 +129,7 @@ class AureaModel(AureaPreTrainedModel):
         Encode, fuse and project pictures.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, 2, 3, height, width)`):
+            pixel_values (`torch.FloatTensor` of shape `(num_images, num_views, 3, height, width)`):
                 View 0 for the semantic encoder, view 1 for the spatial one; a view smaller than the common canvas lies
                 in its top left corner.
 
@@ -134,9 +140,8 @@ class AureaModel(AureaPreTrainedModel):
             ValueError: if the shape of `pixel_values` is not the configured one, or an encoder gives another grid.
         """
         self._check_pixel_values(pixel_values)
-        encoders = (self.vision_model, self.spatial_vision_model)
-        looks = [(None, None) if encoder is None else encoder.encode(pixel_values, **kwargs) for encoder in encoders]
-        (semantic, semantic_map), (spatial, spatial_map) = looks  # maps (images, h, w, C)
+        parts = (self.vision_model, self.spatial_vision_model, self.composition)
+        (semantic, semantic_map), (spatial, spatial_map) = look_through(*parts, pixel_values, **kwargs)  # (n, h, w, C)
         features = [one if one is None else one.to(self.dtype) for one in (semantic_map, spatial_map)]
         fused_features, auxiliary_losses = self._fuse(features)  # (images, N, C_fused)
         main, beside = (semantic, spatial) if semantic is not None else (spatial, {})
@@ -158,20 +163,8 @@ class AureaModel(AureaPreTrainedModel):
         Raises:
             RuntimeError: the fusion breaks its promise.
         """
-        wants_losses = self.training and self.config.auxiliary_loss_coefs
-        if wants_losses and self.fusion.gives_map:
-            tokens, fused_map = self.fusion(*features, return_map=True)
-        else:
-            tokens, fused_map = self.fusion(*features), None
-        num_images = next(one.shape[0] for one in features if one is not None)
-        promised = (num_images, self.fusion.num_tokens, self.fusion.output_dim)
-        given = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
-        if given != promised:
-            raise RuntimeError(
-                f"The fusion '{self.config.feature_fusion_config.fusion_type}' ({type(self.fusion).__name__}) "
-                f"promises tokens of the shape {promised} (pictures, `num_tokens`, `output_dim`) and gives "
-                f"{given}. Correct its `__init__` or its `forward`."
-            )
+        wants_losses = self.training and bool(self.config.auxiliary_loss_coefs)
+        tokens, fused_map = fuse(self.config, self.fusion, features, wants_map=wants_losses)
         return tokens, fusion_losses(self.config, tokens, fused_map, features) if wants_losses else None
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
@@ -252,7 +245,7 @@ class AureaModel(AureaPreTrainedModel):
         cross_attentions = None
         if visual_inputs and kwargs.get("output_attentions", self.config.output_attentions):
             cross_attentions = visual_inputs["cross_attentions"] = []
-        with self._watched(visual_inputs):
+        with self._watched(visual_inputs, image_tokens.device):
             text = words | {"attention_mask": attention_mask, "position_ids": position_ids, CACHE_NAME: cache}
             outputs = self.language_model(**text, use_cache=use_cache, **visual_inputs, **kwargs)
         kept = outputs.get(CACHE_NAME)
@@ -277,10 +270,14 @@ class AureaModel(AureaPreTrainedModel):
         return bool(use_cache)
 
     @contextmanager
-    def _watched(self, visual_inputs: dict):
+    def _watched(self, visual_inputs: dict, device: torch.device):
         """The first time that the decoder is run with pictures, unless a trial run has shown it, whether it carries
-        them to all its layers."""
-        is_watched = bool(visual_inputs) and not self._carries_pictures and not torch.compiler.is_compiling()
+        them to all its layers. Whether it reads a prefix, the first time that it is run at all: in all processes."""
+        is_compiling = torch.compiler.is_compiling()
+        if not self._reads_prefix and not is_compiling:
+            reads_prefix_here(self.language_model, self.connector, device)
+            self._reads_prefix = True
+        is_watched = bool(visual_inputs) and not self._carries_pictures and not is_compiling
         with watched_layers(self.language_model) if is_watched else nullcontext():
             yield
         self._carries_pictures |= is_watched
@@ -335,7 +332,7 @@ class AureaModel(AureaPreTrainedModel):
     def _needs_image_branch(self) -> bool:
         """Whether text alone must pass through what only pictures reach: a gradient is wanted of it, or its weights
         are sharded, and processes whose batch has pictures wait for all others to take part in gathering them."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and is_sharded(self):
+        if self.is_gathered_by_all:
             return True
         if not self.training or not torch.is_grad_enabled():
             return False

@@ -32,9 +32,11 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .composition_aurea import AureaCompositionLayer
 from .configuration_aurea import AureaConfig, AureaFusionConfig
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
 from .fusion_aurea import FUSIONS
+from .fusion_promises_aurea import make_fusion
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
 from .own_fusion_aurea import is_own_fusion
 from .vision_encoder_aurea import pooling_settings
@@ -193,8 +195,8 @@ class AureaFromPartsMixin:
         Two pretrained vision encoders and a pretrained language model as one Aurea, on the CPU, in evaluation mode.
 
         The parts' weights are kept bit for bit, but for pooling layers and heads, which have no place; fusion,
-        projector and cross-attention blocks are new. What the blocks add starts at zero: until they are trained, the
-        logits are those of the language model alone, with or without pictures.
+        projector, composition and cross-attention blocks are new. What the latter two add starts at zero: until blocks
+        are trained, the logits are those of the language model alone, with or without pictures.
         [`AureaProcessor.from_pretrained_parts`] makes the processor that goes with it. The model has no name before it
         is saved and loaded, and TRL's DPO and GRPO look for their reference model by that.
 
@@ -296,7 +298,8 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     places = skeleton.state_dict()
     for name in skeleton.all_tied_weights_keys:
         del places[name]
-    blocks = {name: places.pop(name) for name in list(places) if {*name.split(".")} & {*BLOCK_NAMES}}
+    added = {*BLOCK_NAMES, "composition"}
+    blocks = {name: places.pop(name) for name in list(places) if {*name.split(".")} & added}
     state_dict = {
         prefix + name: tensor
         for prefix, weights in parts.items()
@@ -308,9 +311,9 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")
     if is_own_fusion(skeleton.config.fusion_class):  # which may begin its parameters otherwise than the loader would
-        fusion = skeleton.config.fusion_class(skeleton.config)
+        fusion = make_fusion(skeleton.config)
         state_dict |= {f"model.fusion.{name}": tensor for name, tensor in fusion.state_dict().items()}
-    zero_layers = tuple(f"{layer}.weight" for layer in ZERO_LAYERS)
+    zero_layers = tuple(f"{layer}.weight" for layer in (*ZERO_LAYERS, *AureaCompositionLayer.zero_layers))
     zeros = {name: torch.zeros(place.shape) for name, place in blocks.items() if name.endswith(zero_layers)}
     return state_dict | zeros
 

@@ -21,11 +21,6 @@ else:
     FSDP_CLASSES = ()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP or ZeRO-3 gathers weights for each forward pass, in which all processes take part."""
-    return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDP_CLASSES) for module in model.modules())
-
-
 class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     config: AureaConfig
     config_class = AureaConfig
@@ -64,7 +59,7 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
 
     def post_init(self):
         fusion = self.base_model.fusion
-        self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split]
+        self._no_split_modules = [*(self._no_split_modules or ()), *fusion.no_split, "AureaCompositionLayer"]
         # The strict list is for loading in any half precision; quantisers read the other one, from the start of a
         # module's full name.
         self._keep_in_fp32_modules_strict = [f"fusion.*{name}" for name in fusion.kept_in_fp32]  # a glob
@@ -75,6 +70,13 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         super().post_init()
         # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    @property
+    def is_gathered_by_all(self) -> bool:
+        """Whether FSDP or ZeRO-3 gathers weights for each forward pass, in which all processes take part."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        return is_deepspeed_zero3_enabled() or any(isinstance(module, FSDP_CLASSES) for module in self.modules())
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         if isinstance(attn_implementation, str):  # an encoder that lacks it would refuse
@@ -109,4 +111,4 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         super().initialize_weights()
 
 
-__all__ = ["AureaPreTrainedModel", "is_sharded"]
+__all__ = ["AureaPreTrainedModel"]

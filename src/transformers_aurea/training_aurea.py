@@ -7,13 +7,13 @@ what each of them is doing meanwhile.
     BitsAndBytesConfig(llm_int8_skip_modules=modules_not_to_quantize()) 4-bit loading
     GroupGradientNorms().attach(trainer)                                more figures beside the loss
 
-All of it goes by six groups of parameters, `PARAMETER_GROUPS`, which any Aurea has, whatever wraps it.
+All of it goes by seven groups of parameters, `PARAMETER_GROUPS`, which any Aurea has, whatever wraps it.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ logger = logging.get_logger(__name__)
 GROUP_MODULES = {
     "vision": ("vision_model",),
     "spatial_vision": ("spatial_vision_model",),
+    "composition": ("composition",),
     "fusion": ("fusion",),
     "projector": ("multi_modal_projector",),
     "cross_attention": BLOCK_NAMES,
@@ -44,14 +45,18 @@ PARAMETER_GROUPS = tuple(GROUP_MODULES)
 
 # The published weights came of two stages, captions and then LLaVA-1.5's instructions, with both encoders frozen.
 # https://github.com/Dcas89/Aurea
+# A composition trains before them or between them, alone, and is then frozen: https://arxiv.org/abs/2401.02412
 STAGES = {
+    "compose": ("composition",),
     "align": ("fusion", "projector", "cross_attention"),
     "instruct": ("fusion", "projector", "cross_attention", "language_model"),
     "full": PARAMETER_GROUPS,
 }
 
 # Presets of adapters, by the groups whose linear layers they hit. Never an encoder's.
-LORA_TARGETS = {group: (group,) for group in ("language_model", "cross_attention", "fusion", "projector")}
+LORA_TARGETS = {
+    group: (group,) for group in ("language_model", "cross_attention", "composition", "fusion", "projector")
+}
 LORA_TARGETS["all"] = tuple(LORA_TARGETS)
 
 # Of the language model, whose layers have others beside: a Mamba layer's take no adapter.
@@ -158,10 +163,10 @@ def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableRep
             "in `LoraConfig(modules_to_save=...)` instead; `GROUP_MODULES` lists them by group."
         )
     parameters = parameter_groups(model)
-    # Of a stage, what there is: a configuration may do without these.
-    optional = ("vision", "spatial_vision", "fusion", "cross_attention")
+    # Of a stage of several groups, what there is: a configuration may do without these.
+    optional = ("vision", "spatial_vision", "composition", "fusion", "cross_attention")
     absent = {group for group in optional if not parameters[group]}
-    chosen = {group for name in names for group in known[name] if group not in absent or group == name}
+    chosen = {group for name in names for group in known[name] if group not in absent or len(known[name]) == 1}
     for group in chosen:
         if not parameters[group]:
             raise ValueError(f"The group '{group}' has no parameters in this {type(model).__name__}.")
@@ -183,7 +188,7 @@ def lora_targets(model: nn.Module, *presets: str) -> str:
     Args:
         model: an Aurea, before it is wrapped.
         presets: names of `LORA_TARGETS`: `"language_model"` (attention and MLP, fused or split projections),
-            `"cross_attention"`, `"fusion"`, `"projector"` or `"all"`.
+            `"cross_attention"`, `"composition"`, `"fusion"`, `"projector"` or `"all"`.
 
     Raises:
         ValueError: if a preset is unknown, hits nothing in this model, or none is given.
@@ -211,14 +216,14 @@ def _takes_adapter(name: str, module: nn.Module, groups: tuple[str, ...]) -> boo
 
 
 def modules_not_to_quantize(
-    groups: str | Iterable[str] = ("vision", "spatial_vision", "fusion", "projector"),
+    groups: str | Iterable[str] = ("vision", "spatial_vision", "composition", "fusion", "projector"),
 ) -> list[str]:
     """Patterns for `BitsAndBytesConfig(llm_int8_skip_modules=...)`: what must stay precise in 4-bit or 8-bit loading.
 
     By default the decoder and its cross-attention blocks are quantised, four fifths of what is not an encoder. Both
-    encoders keep float32, as published; the fusion, whose small networks make attention weights, and the projector
-    keep the model's dtype, and so does the head always. Norms, embeddings and σ are no linear layers, and never
-    quantised.
+    encoders keep float32, as published; the fusion, whose small networks make attention weights, the composition and
+    the projector keep the model's dtype, and so does the head always. Norms, embeddings and σ are no linear layers,
+    and never quantised.
 
     Args:
         groups: names of `PARAMETER_GROUPS` that stay as they are. Add those that train in full beside an adapter.
@@ -370,55 +375,94 @@ def _aurea_model(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} holds no Aurea: it has no `fusion` beside a `language_model`.")
 
 
-class SpatialRangeEntropy(TrainingLogger):
-    """Logs how far the fusion looks around: the mean entropy of each stack's spatial-range weights.
+class AttentionEntropyLogger(TrainingLogger):
+    """Logs how far attention looks around, at each logging step: of each stack of layers
 
-        spatial_range_entropy/semantic        H = -Σ_n w_n log w_n in nats, w the weights scaled to a sum of 1
-        spatial_range_entropy/semantic_share  H / log K: 0 looks at one neighbour, 1 at all K alike
+        <prefix>/<stack>        H = -Σ_n w_n log w_n in nats, w the weights scaled to a sum of 1
+        <prefix>/<stack>_share  H / log K: 0 looks at one of the K that it may look at, 1 at all of them alike
 
-    and likewise for the joint stack: the mean over layers, positions and the pictures of the logging step's last batch
-    that has any. These are the weights before the small network corrects them. Adds nothing where the fusion has none.
+    the mean over layers, positions and the pictures of the step's last batch that has any. A subclass says where the
+    weights are.
     """
+
+    prefix: str
 
     def __init__(self):
         super().__init__()
         self._sees_pictures = False
-        self._entropies = {}
+        self._entropies = defaultdict(list)
+
+    def watched(self, aurea: nn.Module) -> dict[str, list[tuple[nn.Module, Callable]]]:
+        """By stack, modules and what makes of such a one, its inputs and its output the weights (…, K)."""
+        raise NotImplementedError
 
     def on_step_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        self._entropies = {}
+        self._entropies.clear()
         if not _ends_in_log(args, state):
             return
         aurea = _aurea_model(model)
         self._hooks.append(aurea.register_forward_pre_hook(self._note_pictures, with_kwargs=True))
-        for name, module in aurea.fusion.named_modules():
-            if name.endswith(".spatial_range_weights"):
-                self._hooks.append(module.register_forward_hook(partial(self._record, name)))
+        for stack, modules in self.watched(aurea).items():
+            for module, weights_of in modules:
+                self._hooks.append(module.register_forward_hook(partial(self._record, stack, weights_of)))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self._remove_hooks()
 
     def _note_pictures(self, module: nn.Module, inputs: tuple, kwargs: dict) -> None:
-        # A batch of text alone sends a blank picture through the fusion, which is no news.
+        # A batch of text alone sends a blank picture through, which is no news.
         pixel_values = kwargs.get("pixel_values")
         self._sees_pictures = pixel_values is not None and len(pixel_values) > 0
+        if self._sees_pictures:
+            self._entropies.clear()
 
     @torch.no_grad()
-    def _record(self, name: str, module: nn.Module, inputs: tuple, weights: torch.Tensor) -> None:
+    def _record(self, stack: str, weights_of: Callable, module: nn.Module, inputs: tuple, output) -> None:
         if self._sees_pictures:
-            weights = weights.float()  # (B, H, W, K)
+            weights = weights_of(module, inputs, output).float()
             weights = weights / weights.sum(dim=-1, keepdim=True)
             entropy = torch.special.entr(weights).sum(dim=-1).mean()
-            self._entropies[name] = entropy, math.log(weights.shape[-1])
+            self._entropies[stack].append((entropy, math.log(weights.shape[-1])))
 
     def take_sums(self, logs: dict[str, float]) -> dict[str, tuple[float, int]]:
+        sums = {}
+        for stack, entropies in self._entropies.items():
+            sums[f"{self.prefix}/{stack}"] = sum(float(entropy) for entropy, _ in entropies), len(entropies)
+            shares = [float(entropy) / maximum for entropy, maximum in entropies]
+            sums[f"{self.prefix}/{stack}_share"] = sum(shares), len(shares)
+        self._entropies.clear()
+        return sums
+
+
+class SpatialRangeEntropy(AttentionEntropyLogger):
+    """Logs `spatial_range_entropy/semantic` and `/joint`, and their shares, see [`AttentionEntropyLogger`]: of the
+    spatial-range weights before the small network corrects them. Adds nothing where the fusion has none."""
+
+    prefix = "spatial_range_entropy"
+
+    def watched(self, aurea: nn.Module) -> dict[str, list[tuple[nn.Module, Callable]]]:
         stacks = defaultdict(list)
-        for name, (entropy, maximum) in self._entropies.items():
-            stack = name.split(".")[-3].removesuffix("_layers")  # semantic_layers.0.spatial_range_weights
-            stacks[f"spatial_range_entropy/{stack}"].append(float(entropy))
-            stacks[f"spatial_range_entropy/{stack}_share"].append(float(entropy) / maximum)
-        self._entropies = {}
-        return {name: (sum(values), len(values)) for name, values in stacks.items()}
+        for name, module in aurea.fusion.named_modules():
+            if name.endswith(".spatial_range_weights"):  # semantic_layers.0.spatial_range_weights
+                stack = name.split(".")[-3].removesuffix("_layers")
+                stacks[stack].append((module, lambda module, inputs, weights: weights))  # (B, H, W, K)
+        return stacks
+
+
+class CompositionEntropy(AttentionEntropyLogger):
+    """Logs `composition_entropy/0`, `/1`, … and their shares, see [`AttentionEntropyLogger`]: of the composition after
+    each of its layers. Adds nothing where there is none that attends."""
+
+    prefix = "composition_entropy"
+
+    def watched(self, aurea: nn.Module) -> dict[str, list[tuple[nn.Module, Callable]]]:
+        if aurea.composition is None:
+            return {}
+        stacks = {}
+        for idx, layer in enumerate(aurea.composition.layers):
+            attentions = [module for name, module in layer.named_modules() if name == "cross_attn"]
+            stacks[f"{idx}"] = [(module, lambda module, inputs, _: module.weights(*inputs)) for module in attentions]
+        return {stack: modules for stack, modules in stacks.items() if modules}
 
 
 __all__ = [
@@ -426,7 +470,9 @@ __all__ = [
     "LORA_TARGETS",
     "PARAMETER_GROUPS",
     "STAGES",
+    "AttentionEntropyLogger",
     "AuxiliaryLossLogger",
+    "CompositionEntropy",
     "GroupGradientNorms",
     "SpatialRangeEntropy",
     "TrainableReport",

@@ -4,7 +4,7 @@
 pixels       its own view, cut out of the canvas that the views share
 precision    float32 as published, or the model's (`encoder_dtype`), without autocast
 positions    interpolated where its view has another size than it was trained with
-gradients    none, and no activations kept, while it is frozen; where it trains, parameters that have no use here
+gradients    none, and no activations kept, while nothing in it trains; where it does, parameters that have no use here
              (mask tokens, poolers, layers above the one that is asked) take part with nothing, for
              DistributedDataParallel waits for every gradient
 features     of the last layer or of those asked for, side by side; those of the patches as a map, class and register
@@ -35,9 +35,12 @@ class AureaVisionEncoderMixin:
     view: AureaView
     update_batch_norms: bool
 
-    def encode(self, pixel_values: torch.Tensor, **kwargs) -> tuple[ModelOutput, torch.Tensor]:
+    def encode(
+        self, pixel_values: torch.Tensor, compositions: dict | None = None, **kwargs
+    ) -> tuple[ModelOutput, torch.Tensor]:
         """Pictures `(images, views, 3, H, W)`, or `(images, 3, H, W)` of one view → the encoder's outputs, and its
-        features: of patches `(images, h, w, C)`, or of all tokens `(images, N, C)`.
+        features: of patches `(images, h, w, C)`, or of all tokens `(images, N, C)`. See [`AureaComposition.over`] for
+        `compositions`.
 
         Raises:
             ValueError: the encoder gives other features than its configuration promises.
@@ -46,9 +49,12 @@ class AureaVisionEncoderMixin:
         pixel_values = pixel_values[:, None] if pixel_values.ndim == 4 else pixel_values
         index = min(self.view.index, pixel_values.shape[1] - 1)  # of a single encoder's pictures there is one view
         pixels = pixel_values[:, index, :, :height, :width].to(self.dtype)
-        trains = pixels.requires_grad or any(parameter.requires_grad for parameter in self.parameters())
-        trains = trains and torch.is_grad_enabled()
-        arguments = self._own_arguments(pixels, trains) | kwargs
+        readers = [parameter for layer, _ in (compositions or {}).values() for parameter in layer.parameters()]
+        tensors = [pixels, *(source for _, source in (compositions or {}).values()), *self.parameters(), *readers]
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        arguments = self.own_arguments(pixels, trains) | kwargs
+        if compositions is not None:
+            arguments["compositions"] = compositions
         if self.view.feature_layers is not None:
             arguments["output_hidden_states"] = True
         with torch.set_grad_enabled(trains), torch.autocast(pixels.device.type, enabled=False):
@@ -64,7 +70,7 @@ class AureaVisionEncoderMixin:
                 features = features + 0 * output.sum()
         return outputs, self._select(features)
 
-    def _own_arguments(self, pixels: torch.Tensor, trains: bool) -> dict:
+    def own_arguments(self, pixels: torch.Tensor, trains: bool) -> dict:
         """Arguments that some encoders need."""
         arguments = {}
         trained_size = optional_field(self.config, "image_size") or self.view.size
@@ -150,12 +156,12 @@ def batch_norms(*modules: nn.Module) -> list[nn.Module]:
 def in_evaluation_mode(modules: list[nn.Module]):
     training = [module for module in modules if module.training]
     for module in training:
-        module.eval()
+        module.training = False  # not those inside, each of which has a mode of its own
     try:
         yield
     finally:
         for module in training:
-            module.train()
+            module.training = True
 
 
 __all__ = [

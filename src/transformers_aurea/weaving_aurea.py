@@ -3,11 +3,18 @@
 
     decoder layer  ─► cross-attention block before it            cache    ─► keys and values of the blocks
     language model ─► modules that are another model's           encoder  ─► one eye of an Aurea
+    encoder layer  ─► composition with another encoder after it
 
 The class keeps its name, so parameter names, recorders, plans and patterns of transformers stay what they are.
 """
 
+import copy
 import functools
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 
 @functools.cache
@@ -26,4 +33,27 @@ def _rebuild_woven(mixin: type, base: type):
     return woven.__new__(woven)
 
 
-__all__ = ["woven_class"]
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
+    """Name and module of the list of a model's layers: the outermost list of `num_hidden_layers` modules, if any."""
+    num_layers = model.config.num_hidden_layers
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    return min(lists, key=lambda named: named[0].count("."), default=None)
+
+
+def copy_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules over tensors without data, in bfloat16, which routers of experts want there."""
+
+    def without_data(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+    tensors = chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): without_data(tensor) for tensor in tensors})
+
+
+__all__ = ["copy_on_meta", "layers_of", "woven_class"]
