@@ -2,6 +2,9 @@
 """PaliGemma, PaliGemma 2 and LLaVA of random weights, made by transformers, and the Aureas they become."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +423,41 @@ def test_in_half_precision_the_encoder_is_the_originals_too(tmp_path):
     assert {parameter.dtype for parameter in aurea.parameters()} == {torch.bfloat16}
     inputs = processor(text=TEXTS[:1], images=PICTURES[:1], return_tensors="pt")
     torch.testing.assert_close(aurea(**inputs).logits, model(**inputs).logits, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_answer_that_is_begun_is_no_prompt(tmp_path):
+    model, processor = make_paligemma(tmp_path / "original")
+    aurea = convert(tmp_path)
+    arguments = {"text": TEXTS[:1], "images": PICTURES[:1], "suffix": ["a cat"], "return_tensors": "pt"}
+    theirs, ours = processor(**arguments), AureaProcessor.from_pretrained(tmp_path / "aurea")(**arguments)
+    for inputs in (theirs, ours):
+        del inputs["labels"]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**theirs, **settings).tolist()
+    for how in ({}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
+        assert aurea.generate(**ours, **settings, **how).tolist() == expected
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    same(aurea.generate(**ours, **settings).logits[0], model.generate(**theirs, **settings).logits[0])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory's high-water mark from /proc")
+def test_memory_stays_near_one_shard_and_the_largest_tensor(tmp_path):
+    text = {"model_type": "llama", **TEXT, "vocab_size": 500_000}  # 64 MB of embeddings, as many of a head
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **TOWER}, text_config=text, image_token_index=9
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "original")
+    code = (
+        "import sys; from transformers_aurea import convert_relatives as c;"
+        "peak = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]);"
+        "before = peak(); assert c.main(sys.argv[1:]) == 0; print('grew', peak() - before)"
+    )
+    arguments = ["--input_dir", str(tmp_path / "original"), "--output_dir", str(tmp_path / "aurea")]
+    arguments += ["--max_shard_size", "4MB"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    grown_kb, tensor_kb = int(result.stdout.rpartition("grew ")[2]), 64_000
+    assert grown_kb < 1.5 * tensor_kb + 60_000, grown_kb
 
 
 def test_names_of_older_checkpoints_are_known(tmp_path):

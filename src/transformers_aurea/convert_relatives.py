@@ -298,7 +298,7 @@ def build_processor(folder: Path, config: AureaConfig) -> AureaProcessor | None:
     """The original's prompts, tokens and pictures; None where the folder holds no processor.
 
     Raises:
-        ConversionError: its placeholder is not the model's.
+        ConversionError: its placeholder is no token, or not the model's.
     """
     original = load_processor(folder)
     if original is None:
@@ -306,17 +306,20 @@ def build_processor(folder: Path, config: AureaConfig) -> AureaProcessor | None:
         return None
     tokenizer = original.tokenizer
     has_prompt = isinstance(original, PaliGemmaProcessor)
-    processor = AureaProcessor(
-        original.image_processor,
-        tokenizer,
-        chat_template=original.chat_template
-        or tokenizer.chat_template
-        or CONTENT_TEMPLATE.replace(IMAGE_TOKEN, original.image_token),
-        image_seq_length=config.placeholders_per_image,
-        image_token=original.image_token,
-        add_special_tokens=True,
-        prompt_format=f"{{images}}{tokenizer.bos_token}{{text}}\n" if has_prompt else None,
-    )
+    try:
+        processor = AureaProcessor(
+            original.image_processor,
+            tokenizer,
+            chat_template=original.chat_template
+            or tokenizer.chat_template
+            or CONTENT_TEMPLATE.replace(IMAGE_TOKEN, original.image_token),
+            image_seq_length=config.placeholders_per_image,
+            image_token=original.image_token,
+            add_special_tokens=True,
+            prompt_format=f"{{images}}{tokenizer.bos_token}{{text}}\n" if has_prompt else None,
+        )
+    except ValueError as error:
+        raise ConversionError(f"The processor of {folder} cannot be an Aurea's: {error}") from error
     if processor.image_token_id != config.image_token_id:
         raise ConversionError(
             f"The placeholder {processor.image_token} of {folder} has the id {processor.image_token_id} in the "

@@ -4,6 +4,7 @@
 from inspect import signature
 
 import torch
+from torch.nn import functional as F
 from transformers import Cache, GenerationMixin
 
 from .versions_aurea import CACHE_NAME, one_cache
@@ -60,8 +61,9 @@ class AureaGenerationMixin(GenerationMixin):
             given = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1] + input_ids.shape[1]
             places = torch.arange(given - text.shape[1], given, device=text.device).expand(text.shape[:2])
             is_prompt = places < prompt_length
-            if token_type_ids is not None:  # as long as the text: `generate` adds one for each token
-                is_prompt = is_prompt & (token_type_ids[:, -text.shape[1] :] == 0)
+            if token_type_ids is not None:
+                types = F.pad(token_type_ids[:, :prompt_length], (0, given - prompt_length))
+                is_prompt = is_prompt & (types[:, -text.shape[1] :] == 0)
             model_inputs["prompt_blocks"] = torch.where(is_prompt, 0, -1)
         if self.config.first_position_id and model_inputs.get("position_ids") is not None:
             model_inputs["position_ids"] = model_inputs["position_ids"] + self.config.first_position_id
@@ -101,7 +103,7 @@ class AureaGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
         if assistant_model is not None:  # one that drafts from the text alone takes none of these
-            names = {"pixel_values", "mm_token_type_ids", "prompt_length", *VISUAL_INPUTS}
+            names = {"pixel_values", "mm_token_type_ids", "token_type_ids", "prompt_length", *VISUAL_INPUTS}
             names -= set(signature(assistant_model.forward).parameters)
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in names}
         return super()._get_candidate_generator(
