@@ -18,11 +18,13 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 
 CODE_FILES = {
     "auxiliary_losses_aurea.py",
+    "composition_aurea.py",
     "configuration_aurea.py",
     "connectors_aurea.py",
     "cross_attention_aurea.py",
     "decoding_aurea.py",
     "fusion_aurea.py",
+    "fusion_promises_aurea.py",
     "hub_kernels_aurea.py",
     "image_processing_aurea.py",
     "language_model_aurea.py",
