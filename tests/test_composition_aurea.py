@@ -285,7 +285,7 @@ class TestRefusals:
         [
             (
                 {"num_composition_layers": 4},
-                r"\(4\) must not be more than the layers of `spatial_vision_config` \(3\)",
+                r"\(4\) must not be more than the layers of `spatial_vision_config` .*\(3\)",
             ),
             ({"num_attention_heads": 3}, r"\(3\) must divide `vision_config.hidden_size` \(16\)"),
             ({"num_composition_layers": 0}, "must be at least 1, got 0"),
@@ -399,3 +399,29 @@ def test_the_documentation_runs():
     text = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text()
     block = text.split("## Composition")[1].split("```python")[1].split("```")[0]
     exec(compile(block, "relatives.md", "exec"), {})
+
+
+def test_it_can_be_put_onto_a_saved_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = AureaForConditionalGeneration.from_pretrained(tmp_path, composition_config=composition())
+    assert model.config.composition_config.num_composition_layers == 2
+    with pytest.raises(StrictDataclassError, match="composition_type"):
+        AureaConfig.from_pretrained(tmp_path, composition_config={"composition_type": "x"})
+
+
+@pytest.mark.parametrize("layer", [None, -1, -2, [1, 3]])
+def test_every_parameter_of_both_encoders_takes_part_whatever_is_read(layer):
+    fusion = {"feature_fusion_config": {"fusion_type": "none"}, "connector_type": "prefix"}
+    model = composed_model(vision_feature_layer=layer, **fusion).train()
+    input_ids = text_with_picture(model)
+    model(input_ids, pixel_values=random_pixels(1, model.config), labels=input_ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    for name, parameter in model.model.composition.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_features_before_all_compositions_are_refused():
+    with pytest.raises(
+        StrictDataclassError, match=r"\(2\) must not be more than the layers of `vision_config` .*\(0\)"
+    ):
+        composed_model(vision_feature_layer=0)

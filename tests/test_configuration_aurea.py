@@ -191,7 +191,7 @@ class TestOverridesOfFromPretrained:
 
     @pytest.mark.parametrize("auto_class", [AutoConfig, AureaForConditionalGeneration, AutoModelForImageTextToText])
     def test_a_radius_that_the_grid_does_not_allow_is_refused(self, folder, auto_class):
-        with pytest.raises(ValueError, match=r"grid of \(4, 4\).*radius` \(4\).*smaller radius"):
+        with pytest.raises(StrictDataclassError, match=r"grid of \(4, 4\).*radius` \(4\).*smaller radius"):
             auto_class.from_pretrained(folder, feature_fusion_config={"radius": 4}, ignore_mismatched_sizes=True)
 
     def test_fusion_config_is_transformers_own(self, folder, tmp_path):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fusion_config
+from conftest import fusion_config, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from transformers_aurea import AureaForConditionalGeneration
 from transformers_aurea.fusion_aurea import FUSIONS, AureaFusion, AureaSpatialRangeAttention, register_fusion
 
 
@@ -408,3 +409,50 @@ def test_a_configuration_that_cannot_work_is_refused_with_its_values(settings, m
 def test_a_grid_as_small_as_the_radius_is_refused():
     with pytest.raises(ValueError, match=r"3 x 8.*radius 3"):
         AureaSpatialRangeAttention(4, 3)(torch.zeros(1, 3, 8, 4), torch.zeros(1, 3, 8, 4))
+
+
+class TestEncodersOfNone:
+    """A configuration that is changed after it was made, or as it is loaded."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("encoder", "left"), [("vision", "vision_config"), ("spatial_vision", "spatial_vision_config")]
+    )
+    def test_the_one_that_is_asked_for_when_a_folder_is_loaded_is_read_and_the_other_is_gone(
+        self, folder, encoder, left
+    ):
+        fusion = {"fusion_type": "none", "encoder": encoder}
+        model = AureaForConditionalGeneration.from_pretrained(
+            folder, feature_fusion_config=fusion, ignore_mismatched_sizes=True
+        )
+        assert [*model.config.encoder_configs] == [left]
+        encoders = {
+            "vision_config": model.model.vision_model,
+            "spatial_vision_config": model.model.spatial_vision_model,
+        }
+        assert [name for name, module in encoders.items() if module is not None] == [left]
+        assert model.get_encoder(modality="image") is encoders[left]
+
+    def test_a_change_afterwards_is_refused(self):
+        config = tiny_config()
+        config.feature_fusion_config.fusion_type = "none"
+        with pytest.raises(
+            ValueError, match=r"'none' takes \['vision_config'\], but the configuration has .*Make a new"
+        ):
+            AureaForConditionalGeneration(config)
+
+    def test_an_encoder_that_a_folder_is_without_is_not_made_up(self, tmp_path):
+        tiny_model(feature_fusion_config={"fusion_type": "none"}).save_pretrained(tmp_path)
+        with pytest.raises(
+            ValueError, match="'concat' needs `spatial_vision_config`, which this configuration is with"
+        ):
+            AureaForConditionalGeneration.from_pretrained(tmp_path, feature_fusion_config={"fusion_type": "concat"})
+
+    @pytest.mark.parametrize("name", ["semantic", "", None])
+    def test_what_is_no_name_is_refused(self, name):
+        with pytest.raises(ValueError, match="is no name for a fusion"):
+            register_fusion(name, FUSIONS["none"])

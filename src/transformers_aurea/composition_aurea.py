@@ -6,7 +6,8 @@
     semantic encoder  layer N/n ─► composition ─► … 2N/n ─► composition ─► …  its features
 
 Both may stay frozen: what trains is the composition. Of n of them, the i-th stands after layer i·N/n of the semantic
-encoder's N, reads the hidden states after layer i·M/n of the spatial one's M, and hands its result to the next layer.
+encoder's N, those whose features are read, and hands its result to the next layer; it reads the hidden states after
+layer i·M/n of the spatial encoder's M.
 "Composition to Augment Language Models" for two vision encoders: https://arxiv.org/abs/2401.02412
 """
 
@@ -24,7 +25,7 @@ from .weaving_aurea import copy_on_meta, layers_of, woven_class
 
 
 class AureaAttentionMapping(nn.Module):
-    """`y = W s;  y + Attention(LN(y))` over the tokens of one picture."""
+    """`y = W s;  y + Attention(LN(y), LN(y))` over the tokens of one picture."""
 
     def __init__(self, source_dim: int, dim: int, num_heads: int, eps: float):
         super().__init__()
@@ -108,11 +109,7 @@ class AureaComposition(nn.Module):
 
     def __init__(self, config: AureaConfig, encoder: PreTrainedModel):
         super().__init__()
-        settings = config.composition_config
-        number = settings.num_composition_layers
-        depths = (config.vision_config.num_hidden_layers, config.spatial_vision_config.num_hidden_layers)
-        # (layers of the semantic encoder, of the spatial one) after which each stands
-        self.positions = [tuple(idx * depth // number for depth in depths) for idx in range(1, number + 1)]
+        self.positions = config.composition_positions
         self.layers = nn.ModuleList(AureaCompositionLayer(config) for _ in self.positions)
         _, layers = layers_of(encoder) or (None, ())
         for idx, layer in enumerate(layers):
@@ -188,7 +185,12 @@ def look_through(
     """Outputs and features of both encoders, as `AureaVisionEncoderMixin.encode` gives them; None of an absent one."""
     if composition is not None:
         outputs, features = spatial_encoder.encode(pixel_values, **kwargs | {"output_hidden_states": True})
-        compositions = composition.over(outputs.hidden_states)
+        *hidden_states, last = outputs.hidden_states
+        if (
+            features.requires_grad
+        ):  # and the fusion does not read them: what they alone hang on takes part with nothing
+            last = last + 0 * features.sum()
+        compositions = composition.over((*hidden_states, last))
         if not kwargs.get("output_hidden_states", spatial_encoder.config.output_hidden_states):
             outputs = replace(outputs, hidden_states=None)
         return [semantic_encoder.encode(pixel_values, compositions, **kwargs), (outputs, features)]

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
 
-from .fusion_aurea import FUSIONS, AureaFusion
+from .fusion_aurea import FORMER_FUSIONS, FUSIONS, AureaFusion
 from .fusion_promises_aurea import make_fusion
 from .name_tables_aurea import enter_name_tables
 from .own_fusion_aurea import check_own_fusion, is_own_fusion, is_remote_code, load_own_fusion, save_own_fusion
@@ -77,9 +77,6 @@ _PHI4_MINI = {
     "pad_token_id": 199999,
     "tie_word_embeddings": True,
 }
-
-# One encoder's features alone, as they were called in version 0.1.
-_FORMER_FUSIONS = {"semantic": "vision", "spatial": "spatial_vision"}
 
 # The feature consistency loss of training, see `feature_consistency_loss` in losses_aurea.py.
 _CONSISTENCY_KERNEL = {"alpha": 0.5, "beta": 0.5, "gamma": 1.0, "w1": 1.0, "w2": 1.0, "shift": 0.1}
@@ -194,7 +191,7 @@ class AureaFusionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if self.fusion_type not in _FORMER_FUSIONS:
+        if self.fusion_type not in FORMER_FUSIONS:
             self.fusion_class  # noqa: B018 - raises
         sizes = {
             "depth": self.depth,
@@ -442,8 +439,8 @@ class AureaConfig(PreTrainedConfig):
         """Those that the fusion needs, or the composition, which needs both; a configuration for which there is no use
         becomes None."""
         fusion = self.feature_fusion_config
-        if fusion.fusion_type in _FORMER_FUSIONS:
-            fusion.encoder, fusion.output_dim = _FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
+        if fusion.fusion_type in FORMER_FUSIONS:
+            fusion.encoder, fusion.output_dim = FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
             self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
         needed, known = {*self.fusion_class.encoders(self)}, self.encoder_configs.keys()
@@ -489,8 +486,22 @@ class AureaConfig(PreTrainedConfig):
                 "it, see `AureaForConditionalGeneration.from_pretrained_parts`."
             )
         check_own_fusion(config_dict)
-        loaded = super().from_dict(_rename_fusion(config_dict, quietly=True), **_rename_fusion(kwargs))
+        config_dict, kwargs = _rename_fusion(config_dict, quietly=True), _rename_fusion(kwargs)
+        # What others hang on is changed before they are made of it.
+        for name in ("feature_fusion_config", "composition_config"):
+            if isinstance(settings := kwargs.get(name), dict):
+                settings = (config_dict.get(name) or {}) | settings
+            if name in kwargs:
+                del kwargs[name]
+                config_dict = {**config_dict, name: settings}
+        loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name in config.encoder_configs:
+            if config_dict.get(name, name) is None:
+                raise ValueError(
+                    f"The fusion '{config.feature_fusion_config.fusion_type}' needs `{name}`, which this "
+                    f"configuration is without. Give `{name}` too, or choose the fusion 'none'."
+                )
         config.validate_architecture()  # as transformers does too, but before it sets what `kwargs` change
         return loaded
 
@@ -626,7 +637,26 @@ class AureaConfig(PreTrainedConfig):
         self._validate_cross_attention_layers()
         self._validate_auxiliary_losses()
 
+    @property
+    def composition_positions(self) -> list[tuple[int, int]]:
+        """After which layer of the semantic encoder each composition stands, and of the spatial one it reads: evenly,
+        the last after the last layer whose features the fusion gets."""
+        depths = [config.num_hidden_layers for config in self.encoder_configs.values()]
+        layers, number = self.feature_layers[0], self.composition_config.num_composition_layers
+        if layers is not None:
+            depths[0] = max(layer % (depths[0] + 1) for layer in layers)
+        return [tuple(idx * depth // number for depth in depths) for idx in range(1, number + 1)]
+
     def _validate_encoders(self):
+        fusion, known = self.feature_fusion_config.fusion_type, [*self.encoder_configs]
+        needed = {*self.fusion_class.encoders(self)}
+        if self.composition_config is not None:
+            needed |= {"vision_config", "spatial_vision_config"}
+        if needed != {*known}:
+            raise ValueError(
+                f"The fusion '{fusion}' takes {sorted(needed)}, but the configuration has {known}. Make a new one of "
+                "these settings: encoders come and go when it is made."
+            )
         for name, config in self.encoder_configs.items():
             if config.model_type == "siglip2_vision_model":
                 raise ValueError(
@@ -709,10 +739,11 @@ class AureaConfig(PreTrainedConfig):
                     f"`composition_config` composes layers of one width, but `{name}` is of type "
                     f"'{config.model_type}', an encoder of stages. Choose another, or leave `composition_config` out."
                 )
+        for name, depth in zip(self.encoder_configs, self.composition_positions[-1]):
             if settings.num_composition_layers > depth:
                 raise ValueError(
                     f"`composition_config.num_composition_layers` ({settings.num_composition_layers}) must not be "
-                    f"more than the layers of `{name}` ({depth})."
+                    f"more than the layers of `{name}` whose features are read ({depth})."
                 )
         dim, heads = self.vision_config.hidden_size, settings.num_attention_heads
         if dim % heads:

@@ -17,7 +17,7 @@ of the stack, decides how much each neighbour counts (`AureaSpatialRangeAttentio
 """
 
 import math
-from inspect import signature
+from inspect import Parameter, signature
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from .spatial_range_attention_aurea import AureaNeighborhoodAggregate, AureaSpat
 logger = logging.get_logger(__name__)
 
 FUSIONS: dict[str, type["AureaFusion"]] = {}
+# One encoder's features alone, as they were called in version 0.1.
+FORMER_FUSIONS = {"semantic": "vision", "spatial": "spatial_vision"}
 
 
 def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["AureaFusion"]:
@@ -40,8 +42,10 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
     Raises:
         TypeError: `fusion_class` is no subclass of [`AureaFusion`], declares names otherwise than as a tuple, or a map
             that its `forward` cannot be asked for.
-        ValueError: another class has the name.
+        ValueError: another class has the name, or it is none.
     """
+    if not isinstance(name, str) or not name or name in FORMER_FUSIONS:
+        raise ValueError(f"{name!r} is no name for a fusion of yours: choose another.")
     # By name: a folder's fusion derives from the folder's own copy of the class.
     if not (isinstance(fusion_class, type) and "AureaFusion" in {base.__name__ for base in fusion_class.__mro__}):
         raise TypeError(f"A fusion is a subclass of `AureaFusion`, got {fusion_class!r}.")
@@ -49,7 +53,9 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
         names = getattr(fusion_class, declared)
         if not isinstance(names, tuple) or not all(isinstance(one, str) for one in names):
             raise TypeError(f"`{fusion_class.__name__}.{declared}` is a tuple of names, got {names!r}.")
-    if fusion_class.gives_map and "return_map" not in signature(fusion_class.forward).parameters:
+    parameters = signature(fusion_class.forward).parameters
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if fusion_class.gives_map and "return_map" not in parameters and not takes_any:
         raise TypeError(
             f"{fusion_class.__name__} declares `gives_map`, but its `forward` takes no `return_map`. Let it, or leave "
             "`gives_map` out."
@@ -352,7 +358,7 @@ def _validate_heads(config) -> None:
 class AureaCrossAttentionFusion(AureaFusion):
     """The semantic encoder's tokens ask, the spatial encoder's answer, `depth` times:
 
-        x ← W₀ LN(s);   x ← x + Attention(LN(x), W₁ LN(d))
+        x ← W LN(s);   x ← x + Attention(LN(x), LN(d))
 
     Helps small language models: https://arxiv.org/abs/2509.00664.
     """
@@ -444,8 +450,7 @@ class AureaSpatialVisionAggregator(AureaFusion):
 
 
 class AureaNoFusion(AureaFusion):
-    """One encoder alone, that of `feature_fusion_config.encoder`; the other is not there at all, unless it is composed
-    with the one.
+    """One encoder alone, that of `feature_fusion_config.encoder`; the other is not there, unless composed with it.
 
     Its features as they are or, with an `output_dim`, `x = W LN(s)`.
     """
@@ -457,7 +462,9 @@ class AureaNoFusion(AureaFusion):
     def __init__(self, config):
         super().__init__(config)
         settings = config.feature_fusion_config
-        feature_size = config.feature_sizes[0]
+        [place] = (idx for idx, name in enumerate(config.encoder_configs) if name in self.encoders(config))
+        self.num_tokens = math.prod(config.feature_shapes[place])
+        feature_size = config.feature_sizes[place]
         self.output_dim = settings.output_dim or feature_size
         self.norm_name = {"vision": "semantic_norm", "spatial_vision": "spatial_norm"}[settings.encoder]
         self.is_identity = settings.output_dim is None
@@ -472,8 +479,8 @@ class AureaNoFusion(AureaFusion):
     def forward(
         self, semantic_features: torch.Tensor | None, spatial_features: torch.Tensor | None, return_map: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """See [`AureaFusion`]; the first that is there is read. The map is the one before the linear layer."""
-        features = spatial_features if semantic_features is None else semantic_features
+        """See [`AureaFusion`]; one of the two is read. The map is the one before the linear layer."""
+        features = semantic_features if self.norm_name == "semantic_norm" else spatial_features
         if not self.is_identity:
             norm = self.get_submodule(self.norm_name)
             features = norm(features.to(norm.weight.dtype))

@@ -17,6 +17,8 @@ def make_fusion(config) -> AureaFusion:
     named = _named(config, fusion_class)
     try:
         fusion = fusion_class(config)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, RuntimeError, TypeError) as error:
         raise RuntimeError(
             f"{named} cannot be built: {error} Its `__init__` calls `super().__init__(config)` first, and runs on the "
@@ -59,15 +61,8 @@ def fuse(
             f"{named} promises tokens of the shape {promised} (pictures, `num_tokens`, `output_dim`) and gives "
             f"{_shape(tokens)}. Correct its `__init__` or its `forward`."
         )
-    dtypes = {tensor.dtype for tensor in (*fusion.parameters(), *features) if tensor is not None}
-    device = tokens.device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    if tokens.dtype not in dtypes:
-        raise RuntimeError(
-            f"{named} promises tokens in the dtype of its weights and gives {tokens.dtype}. Let its `forward` end in "
-            "that dtype."
-        )
+    if not tokens.is_floating_point():
+        raise RuntimeError(f"{named} promises tokens in the dtype of its weights and gives {tokens.dtype}.")
     return tokens, fused_map
 
 

@@ -121,6 +121,11 @@ class AureaModel(AureaPreTrainedModel):
     def get_decoder(self) -> PreTrainedModel:
         return self.language_model
 
+    def get_encoder(self, modality: str | None = None) -> PreTrainedModel:
+        if modality == "image" and self.vision_model is None:
+            return self.spatial_vision_model
+        return super().get_encoder(modality)
+
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
@@ -163,9 +168,9 @@ class AureaModel(AureaPreTrainedModel):
         Raises:
             RuntimeError: the fusion breaks its promise.
         """
-        wants_losses = self.training and bool(self.config.auxiliary_loss_coefs)
-        tokens, fused_map = fuse(self.config, self.fusion, features, wants_map=wants_losses)
-        return tokens, fusion_losses(self.config, tokens, fused_map, features) if wants_losses else None
+        coefs = self.config.auxiliary_loss_coefs if self.training else {}
+        tokens, fused_map = fuse(self.config, self.fusion, features, wants_map="feature_consistency" in coefs)
+        return tokens, fusion_losses(self.config, tokens, fused_map, features) if coefs else None
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         shape = (len(self.config.views), 3, *self.config.canvas)

@@ -147,7 +147,8 @@ def _imported(node: ast.Import | ast.ImportFrom, path: Path) -> dict[str, list[a
     """What an import takes from files of ours, or beside `path`, by their names; nothing if it is a library's."""
     if isinstance(node, ast.Import):
         roots = {alias.name.split(".")[0] for alias in node.names}
-        is_local = _PACKAGE in roots or any(path.with_name(f"{root}.py").is_file() for root in roots)
+        is_local = bool(roots & {_PACKAGE, _package_of(path)})
+        is_local = is_local or any(path.with_name(f"{root}.py").is_file() for root in roots)
         return {".": node.names} if is_local else {}  # there is no relative `import`
     if node.level == 0 and node.module == _PACKAGE:
         names = {}
@@ -157,9 +158,19 @@ def _imported(node: ast.Import | ast.ImportFrom, path: Path) -> dict[str, list[a
         return names
     if node.level == 0 and node.module.startswith(f"{_PACKAGE}."):
         return {_flat_name(node.module): node.names}
+    if node.level == 0 and node.module.split(".")[0] == _package_of(path):
+        return {f".{node.module}": node.names}  # by its full name, which there is nowhere else
     if node.level == 0:
         return {node.module: node.names} if path.with_name(f"{node.module}.py").is_file() else {}
     return {"." * (node.level - 1) + (node.module or ""): node.names}
+
+
+def _package_of(path: Path) -> str | None:
+    """The name of the outermost package that a file is in, if any."""
+    folders = []
+    while (path := path.parent).joinpath("__init__.py").is_file():
+        folders.append(path.name)
+    return folders[-1] if folders else None
 
 
 def _flat_name(module: str) -> str:

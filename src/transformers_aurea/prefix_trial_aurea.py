@@ -92,6 +92,7 @@ def _reads_embeddings(decoder: PreTrainedModel, device: torch.device) -> bool:
     name, embed = type(decoder).__name__, decoder.get_input_embeddings()
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:  # with a cache, for without one some look whether the row is one of several texts
+        decoder(input_ids=ids, use_cache=True)  # what is computed once, as some rotary frequencies are, is not counted
         with AureaFunctionCounter(ids) as over_ids:
             decoder(input_ids=ids, use_cache=True)
     except FAILURES as error:
