@@ -749,7 +749,7 @@ def test_a_tokenizer_may_put_its_own_tokens_around_texts(processor):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.convert_tokens_to_ids("<|user|>"))]
     )
-    around = AureaProcessor(processor.image_processor, tokenizer, add_special_tokens=True)
+    around = AureaProcessor(processor.image_processor, tokenizer, adds_special_tokens=True)
     assert around.decode(around(text="a")["input_ids"][0]) == "<|user|>a"
     for arguments in ({"add_special_tokens": False}, {"text_kwargs": {"add_special_tokens": False}}):
         assert around.decode(around(text="a", **arguments)["input_ids"][0]) == "a"

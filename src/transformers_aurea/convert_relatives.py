@@ -315,7 +315,7 @@ def build_processor(folder: Path, config: AureaConfig) -> AureaProcessor | None:
             or CONTENT_TEMPLATE.replace(IMAGE_TOKEN, original.image_token),
             image_seq_length=config.placeholders_per_image,
             image_token=original.image_token,
-            add_special_tokens=True,
+            adds_special_tokens=True,
             prompt_format=f"{{images}}{tokenizer.bos_token}{{text}}\n" if has_prompt else None,
         )
     except ValueError as error:

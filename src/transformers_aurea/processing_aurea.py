@@ -182,7 +182,7 @@ class AureaProcessor(ProcessorMixin):
         image_seq_length (`int`, *optional*, defaults to 1): how many tokens a placeholder becomes, the model's
             `config.placeholders_per_image`: 1 with `connector_type="cross_attention"`, else one per visual token.
         image_token (`str`, *optional*): the placeholder, where it is not the one above.
-        add_special_tokens (`bool`, *optional*, defaults to `False`): whether the tokenizer puts tokens of its own,
+        adds_special_tokens (`bool`, *optional*, defaults to `False`): whether the tokenizer puts tokens of its own,
             such as one for the beginning, around each text. The default chat template writes all that there is.
         prompt_format (`str`, *optional*): what each text becomes, such as `"{images}<bos>{text}\\n"`: `{images}` is
             all of it up to its last placeholder, `{text}` the rest. Where no text has a placeholder, pictures come
@@ -202,7 +202,7 @@ class AureaProcessor(ProcessorMixin):
         chat_template=None,
         image_seq_length: int = 1,
         image_token: str | None = None,
-        add_special_tokens: bool = False,
+        adds_special_tokens: bool = False,
         prompt_format: str | None = None,
     ):
         if image_seq_length < 1:
@@ -210,7 +210,7 @@ class AureaProcessor(ProcessorMixin):
         if prompt_format is not None and not all(prompt_format.count(field) == 1 for field in PROMPT_FIELDS):
             raise ValueError(f"`prompt_format` must have {' and '.join(PROMPT_FIELDS)}, got {prompt_format!r}.")
         self.image_seq_length = image_seq_length
-        self.add_special_tokens = add_special_tokens
+        self.adds_special_tokens = adds_special_tokens
         self.prompt_format = prompt_format
         self.image_token = image_token_of(tokenizer) if image_token is None else image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -307,7 +307,7 @@ class AureaProcessor(ProcessorMixin):
             TypeError: a text is no string.
         """
         given = kwargs.keys() | kwargs.get("text_kwargs", {}).keys()
-        if self.add_special_tokens and "add_special_tokens" not in given:
+        if self.adds_special_tokens and "add_special_tokens" not in given:
             kwargs["add_special_tokens"] = True
         if self.prompt_format is not None:
             kwargs["return_token_type_ids"] = True
