@@ -191,6 +191,17 @@ class TestPromises:
         with pytest.raises(error, match=rf"'eight' \(EightTokens\) .*{match}"):
             eight_model()
 
+    def test_without_layers_too_what_init_leaves_out_is_named(self, write):
+        text = OWN_FUSION.replace("        super().__init__(config)\n", "")
+        write("\n".join(line for line in text.split("\n") if "self.proj = " not in line))
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) cannot be built: .*`super\(\)"):
+            eight_model()
+
+    def test_a_forward_of_other_arguments_is_named(self, write):
+        write(OWN_FUSION.replace("semantic_features, spatial_features):", "semantic_features):"))
+        with pytest.raises(TypeError, match=r"'eight' \(EightTokens\) has a `forward` that .*too many positional"):
+            eight_model()
+
     def test_what_a_fusion_raises_itself_is_the_cause(self, write):
         write(OWN_FUSION.replace("self.num_tokens, self.output_dim = 8, 20", "raise RuntimeError('of its own')"))
         with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) cannot be built: of its own") as caught:
@@ -204,7 +215,9 @@ class TestPromises:
         with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) promises tokens in the dtype .*int64"):
             model(**two_pictures(model))
 
-    @pytest.mark.parametrize("given", ["tokens", "(tokens, tokens)", "(tokens, None)"])
+    @pytest.mark.parametrize(
+        "given", ["tokens", "(tokens, tokens)", "(tokens, None)", "(tokens, semantic_features[:, 1:])"]
+    )
     def test_a_map_that_is_declared_and_not_given_is_named(self, write, given):
         text = OWN_FUSION.replace("(AureaFusion):", "(AureaFusion):\n    gives_map = True")
         text = text.replace("spatial_features):", "spatial_features, return_map=False):")
@@ -212,10 +225,10 @@ class TestPromises:
         write(text.replace("\n\n\nregister(", f"\n        return {given} if return_map else tokens\n\n\nregister("))
         model = eight_model(feature_consistency_coef=0.1)
         model.eval()(**two_pictures(model))
-        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) declares `gives_map`.*\(2, height, width"):
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) declares `gives_map`.*\(2, 4, 4\)"):
             model.train()(**two_pictures(model))
 
-    @pytest.mark.parametrize("names", ["()", "'vision_config'", "('vision_model',)"])
+    @pytest.mark.parametrize("names", ["()", "None", "'vision_config'", "('vision_model',)"])
     def test_encoders_that_there_are_not_are_named(self, write, names):
         encoders = f"    @classmethod\n    def encoders(cls, config):\n        return {names}\n\n    def __init__"
         write(OWN_FUSION.replace("    def __init__", encoders))

@@ -337,6 +337,11 @@ BAD_PARTS = {
         Exception,
         r"\(4, 4\) patches and the spatial encoder \(5, 5\).*so that they agree",
     ),
+    "unknown setting of the composition": (
+        {"composition_config": {"num_layers": 2}},
+        ValueError,
+        "'num_layers' is no argument of AureaCompositionConfig",
+    ),
     "unknown override": ({"cross_atention_layers": [0]}, ValueError, "did you mean 'cross_attention_layers'"),
     "unknown setting of the fusion": (
         {"feature_fusion_config": {"raduis": 1}},

@@ -186,10 +186,8 @@ def look_through(
     if composition is not None:
         outputs, features = spatial_encoder.encode(pixel_values, **kwargs | {"output_hidden_states": True})
         *hidden_states, last = outputs.hidden_states
-        if (
-            features.requires_grad
-        ):  # and the fusion does not read them: what they alone hang on takes part with nothing
-            last = last + 0 * features.sum()
+        if features.requires_grad:
+            last = last + 0 * features.sum()  # a fusion may not read them: what they hang on takes part with nothing
         compositions = composition.over((*hidden_states, last))
         if not kwargs.get("output_hidden_states", spatial_encoder.config.output_hidden_states):
             outputs = replace(outputs, hidden_states=None)

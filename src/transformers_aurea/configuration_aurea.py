@@ -238,8 +238,8 @@ class AureaCompositionConfig(PreTrainedConfig):
     def validate_architecture(self):
         super().validate_architecture()
         for name in ("num_composition_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`composition_config.{name}` must be at least 1, got {getattr(self, name)}.")
+            if (number := vars(self)[name]) < 1:
+                raise ValueError(f"`composition_config.{name}` must be at least 1, got {number}.")
 
 
 @strict
@@ -443,11 +443,12 @@ class AureaConfig(PreTrainedConfig):
             fusion.encoder, fusion.output_dim = FORMER_FUSIONS[fusion.fusion_type], 2 * self.feature_sizes[1]
             fusion.fusion_type = "none"
             self.spatial_vision_image_size = list(self.view_sizes[1])  # which the other encoder has a say in
-        needed, known = {*self.fusion_class.encoders(self)}, self.encoder_configs.keys()
+        named, known = self.fusion_class.encoders(self), self.encoder_configs.keys()
+        needed = {*named} if isinstance(named, (tuple, list)) else set()
         if not needed or needed - known:
             raise ValueError(
                 f"The fusion '{fusion.fusion_type}' ({self.fusion_class.__name__}) must name one or more of "
-                f"{', '.join(known)} as its `encoders`, and names {sorted(needed)}."
+                f"{', '.join(known)} as its `encoders`, and names {named!r}."
             )
         if self.composition_config is None:
             for name in known - needed:

@@ -368,12 +368,7 @@ def build_original(folder: Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return RELATIVES[type(config)](config)
-    except (
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:  # of a part's class, which wants other fields
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a part's class wants other fields
         raise ConversionError(f"transformers makes no model of {folder / 'config.json'}: {error}") from error
 
 

@@ -361,7 +361,7 @@ class AureaDataCollator:
         Returns:
             `input_ids`, `labels` and `attention_mask` (`position_ids` if turns are independent), all
             `(batch_size, sequence_length)`, padded on the right. If there are pictures, `pixel_values`
-            `(num_images, 2, 3, height, width)`, in the order of the placeholders.
+            `(num_images, num_views, 3, height, width)`, in the order of the placeholders.
         """
         encoded = []
         for position, row in enumerate(rows):

@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """A fusion as the rest of the model meets it: built, run, and held to what it promises, by name."""
 
+from inspect import signature
+
 import torch
 
 from .fusion_aurea import AureaFusion
@@ -11,25 +13,33 @@ def make_fusion(config) -> AureaFusion:
 
     Raises:
         RuntimeError: it cannot be built; its own error is the cause.
+        TypeError: its `forward` takes other arguments than the two encoders' features.
         ValueError: it does not say how many tokens and channels it gives.
     """
     fusion_class = config.fusion_class
     named = _named(config, fusion_class)
     try:
         fusion = fusion_class(config)
+        list(fusion.children())  # fails unless `nn.Module.__init__` has run
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, RuntimeError, TypeError) as error:
         raise RuntimeError(
-            f"{named} cannot be built: {error} Its `__init__` calls `super().__init__(config)` first, and runs on the "
-            "meta device too, where tensors have no values: what is computed of them belongs in `init_weights`."
+            f"{named} cannot be built: {error}. Its `__init__` calls `super().__init__(config)` first, and runs on "
+            "the meta device too, where tensors have no values: what is computed of them belongs in `init_weights`."
         ) from error
     for name, what in (("output_dim", "the channels of its tokens"), ("num_tokens", "its tokens of a picture")):
-        value = vars(fusion).get(name)
+        value = getattr(fusion, name, None)
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"{named} must set `{name}`, {what}, to an int from 1 on in its `__init__`; it is {value!r}."
             )
+    try:
+        signature(fusion.forward).bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"{named} has a `forward` that cannot be called with `(semantic_features, spatial_features)`: {error}."
+        ) from error
     return fusion
 
 
@@ -46,13 +56,14 @@ def fuse(
     num_images = next(one.shape[0] for one in features if one is not None)
     if wants_map and fusion.gives_map:
         given = fusion(*features, return_map=True)
-        shapes = tuple(map(_shape, given)) if isinstance(given, tuple) else _shape(given)
-        if not (len(shapes) == 2 and len(shapes[1]) == 4 and shapes[1][0] == num_images):
+        tokens, fused_map = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+        grids = [_shape(one)[:3] for one in features if one is not None and one.ndim == 4]
+        if _shape(fused_map)[:-1] not in grids:
             raise RuntimeError(
-                f"{named} declares `gives_map`: with `return_map=True`, its `forward` gives tokens and a map "
-                f"({num_images}, height, width, channels). It gives {shapes}."
+                f"{named} declares `gives_map`: with `return_map=True`, its `forward` gives tokens and a map (images, "
+                f"height, width, channels) on an encoder's grid, {' or '.join(map(str, grids))}. It gives "
+                f"{_shape(fused_map)}."
             )
-        tokens, fused_map = given
     else:
         tokens = fusion(*features)
     promised = (num_images, fusion.num_tokens, fusion.output_dim)

@@ -33,7 +33,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .composition_aurea import AureaCompositionLayer
-from .configuration_aurea import AureaConfig, AureaFusionConfig
+from .configuration_aurea import AureaCompositionConfig, AureaConfig, AureaFusionConfig
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
 from .fusion_aurea import FUSIONS
 from .fusion_promises_aurea import make_fusion
@@ -82,7 +82,8 @@ def parts_config(vision: Part | None, spatial_vision: Part | None, text: Part, *
 
 
 def check_overrides(config_overrides: dict) -> None:
-    """Refuses what [`AureaConfig`] and [`AureaFusionConfig`] would keep without using it, and configurations of parts.
+    """Refuses what [`AureaConfig`] and its settings of fusion and composition would keep without using it, and
+    configurations of parts.
 
     Raises:
         ValueError: an override is none of their arguments, or a part's configuration.
@@ -95,6 +96,8 @@ def check_overrides(config_overrides: dict) -> None:
         fusion = config_overrides.get(name)
         if isinstance(fusion, dict) and not _has_settings_of_its_own(fusion):
             _check_names(fusion, AureaFusionConfig)
+    if isinstance(composition := config_overrides.get("composition_config"), dict):
+        _check_names(composition, AureaCompositionConfig)
 
 
 def _has_settings_of_its_own(fusion: dict) -> bool:

@@ -299,7 +299,7 @@ class AureaProcessor(ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` (1 at each placeholder), all
             `(batch_size, sequence_length)`, and, if there are pictures, `pixel_values`
-            `(num_images, 2, 3, height, width)`, in the order of the placeholders. With a `prompt_format` also
+            `(num_images, num_views, 3, height, width)`, in the order of the placeholders. With a `prompt_format` also
             `token_type_ids`, 1 in the answer, and with answers their `labels`.
 
         Raises:
