@@ -5,7 +5,8 @@
 
 Prints, for each kind of question: exact match of what `generate` answers greedily; the same with every picture black,
 and with that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions
-are scored by their objects too (F1).
+are scored by their objects too (F1). `--blind` adds what is left when one encoder sees the mean of all pictures in the
+place of each: the difference is what this encoder is worth to the model.
 """
 
 import argparse
@@ -35,8 +36,17 @@ BLACK = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 
 
 @torch.inference_mode()
-def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: int) -> list[str]:
-    """What the model says, in the order of the questions; questions of like length share a batch."""
+def answers(
+    model,
+    processor,
+    asked: list[tuple[Image.Image, str]],
+    batch_size: int,
+    replaced_views: dict[int, torch.Tensor] | None = None,
+) -> list[str]:
+    """What the model says, in the order of the questions; questions of like length share a batch.
+
+    `replaced_views`: by their index, views `(3, height, width)` that encoders see instead of their own.
+    """
     order = sorted(range(len(asked)), key=lambda index: len(asked[index][1]))
     found = [""] * len(asked)
     for start in range(0, len(order), batch_size):
@@ -53,6 +63,8 @@ def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: 
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(model.device)
+        for index, view in (replaced_views or {}).items():
+            inputs["pixel_values"][:, index] = view
         generated = model.generate(**inputs, do_sample=False, max_new_tokens=48)
         texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(batch, texts):
@@ -61,22 +73,31 @@ def answers(model, processor, asked: list[tuple[Image.Image, str]], batch_size: 
 
 
 def evaluate(
-    model, processor, seeds, batch_size: int = 64, *, controls: bool = True, **scene_options
+    model, processor, seeds, batch_size: int = 64, *, controls: bool = True, blind: bool = False, **scene_options
 ) -> dict[str, dict[str, float]]:
     """Scores by kind and, under "all", over all questions; of a recolored world also over those with a new word.
 
-    With `controls`, also what becomes of them with black and with wrong pictures. `scene_options` are those of
-    `make_scene`: `max_objects`, `recolor`.
+    With `controls`, also what becomes of them with black and with wrong pictures, and with `blind` when one encoder
+    sees the mean of all pictures. `scene_options` are those of `make_scene`: `max_objects`, `recolor`.
     """
     scenes = [make_scene(seed, **scene_options) for seed in seeds]
     questions = [(index, *question) for index, (_, asked) in enumerate(scenes) for question in asked]
     pictures = [picture for picture, _ in scenes]
-    views = {"exact_match": pictures}
+    views = {"exact_match": (pictures, None)}
     if controls:
-        views |= {"black_picture": [BLACK] * len(pictures), "wrong_picture": pictures[-1:] + pictures[:-1]}
+        views |= {
+            "black_picture": ([BLACK] * len(pictures), None),
+            "wrong_picture": (pictures[-1:] + pictures[:-1], None),
+        }
+    if blind:
+        mean = processor(images=pictures, return_tensors="pt")["pixel_values"].mean(dim=0)  # (views, 3, H, W)
+        for name, view in model.config.views.items():
+            views[f"blind_{name.removesuffix('_config')}"] = (pictures, {view.index: mean[view.index]})
     said = [
-        answers(model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size)
-        for shown in views.values()
+        answers(
+            model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, replaced
+        )
+        for shown, replaced in views.values()
     ]
 
     new_words = {word for word, _ in (scene_options.get("recolor") or {}).values()}
@@ -130,6 +151,7 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
     parser.add_argument("--recolor", type=as_json, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
     parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
+    parser.add_argument("--blind", action="store_true", help="also with each encoder blinded by the mean picture")
     parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
     args = parser.parse_args()
     for name in ("scenes", "batch_size"):
@@ -159,11 +181,15 @@ def main():
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
     seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(model, processor, seeds, args.batch_size, controls=not args.no_controls, **args.scene_options)
+    scores = evaluate(
+        model, processor, seeds, args.batch_size, controls=not args.no_controls, blind=args.blind, **args.scene_options
+    )
     columns = {
         "exact_match": "exact",
         "black_picture": "black",
         "wrong_picture": "wrong picture",
+        "blind_vision": "blind vision",
+        "blind_spatial_vision": "blind spatial_vision",
         "commonest_answer": "commonest answer",
     }
     columns = {column: title for column, title in columns.items() if column in scores[KINDS[0]]}

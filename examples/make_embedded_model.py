@@ -11,7 +11,7 @@ import math
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import Dinov2Model, GenerationConfig, PreTrainedTokenizerFast, SiglipVisionModel
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
 from transformers_aurea.command_line import errors_in_one_line
@@ -72,37 +72,59 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor(has_two_views: bool) -> AureaProcessor:
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    views = {"size": size, "spatial_size": size, "spatial_crop_size": None, "do_spatial_view": has_two_views}
-    return AureaProcessor(AureaImageProcessor(**views), make_tokenizer(), chat_template=CHAT_TEMPLATE)
+def semantic_encoder(width: int) -> dict:
+    return {
+        "model_type": "siglip_vision_model",
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": width // 32,
+    }
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion: dict[str, str]) -> AureaConfig:
+# By name, from the width.
+SPATIAL_ENCODERS = {
+    # Learns shapes sooner than a small transformer: classifying single objects from the largest of its features,
+    # it was right in 92 % after 300 steps of 32 pictures, a DINOv2 of this width in 30 % after 400.
+    "resnet": lambda width: {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "embedding_size": width // 2,
+        "hidden_sizes": [width // 2, width],
+        "depths": [1, 2],
+    },
+    "dinov2": lambda width: {
+        "model_type": "dinov2",
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": width,
+        "num_hidden_layers": 3,
+        "num_attention_heads": width // 32,
+        "layerscale_value": 0.3,
+    },
+}
+
+
+def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> AureaConfig:
     # About 1/√width. The usual 0.02 suits a width of 2500: here every projection would shrink what it is given.
     initializer_range = 0.08
+    composition = {"composition_type": args.composition_type, "num_composition_layers": 3, "num_attention_heads": 4}
     return AureaConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "image_size": IMAGE_SIZE,
-            "patch_size": 8,
-            "hidden_size": width,
-            "intermediate_size": 4 * width,
-            "num_hidden_layers": 3,
-            "num_attention_heads": width // 32,
-        },
-        # Learns shapes sooner than a small transformer: classifying single objects from the largest of its features,
-        # it was right in 92 % after 300 steps of 32 pictures, a DINOv2 of this width in 30 % after 400.
-        spatial_vision_config={
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": width // 2,
-            "hidden_sizes": [width // 2, width],
-            "depths": [1, 2],
-        },
+        vision_config=semantic_encoder(args.width),
+        spatial_vision_config=SPATIAL_ENCODERS[args.spatial_vision](args.spatial_width or args.width),
         spatial_vision_image_size=IMAGE_SIZE,
         # Tokens are as wide as of two encoders even if there is one.
-        feature_fusion_config={**fusion, "radius": 3, "depth": 1, "output_dim": 2 * width},
+        feature_fusion_config={
+            "fusion_type": args.fusion_type,
+            "encoder": args.encoder,
+            "radius": 3,
+            "depth": 1,
+            "output_dim": 2 * args.width,
+        },
+        composition_config=composition if args.composition_type else None,
+        connector_type=args.connector_type,
         text_config={
             "model_type": "phi3",
             "vocab_size": len(tokenizer),
@@ -123,6 +145,17 @@ def make_config(tokenizer: PreTrainedTokenizerFast, width: int, fusion: dict[str
         projector_hidden_size=256,
         update_batch_norms=True,  # the spatial encoder's, which begin with no statistics
         image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+    )
+
+
+def make_processor(config: AureaConfig, tokenizer: PreTrainedTokenizerFast) -> AureaProcessor:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    views = {"size": size, "spatial_size": size, "spatial_crop_size": None}
+    return AureaProcessor(
+        AureaImageProcessor(**views, do_spatial_view=len(config.encoder_configs) == 2),
+        tokenizer,
+        chat_template=CHAT_TEMPLATE,
+        image_seq_length=config.placeholders_per_image,
     )
 
 
@@ -147,43 +180,52 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
 
 @torch.no_grad()
 def let_patches_differ(model: AureaForConditionalGeneration):
-    """The semantic encoder starts with what a patch shows and where it lies, and little of what all have in common.
+    """Transformers start with what a patch shows and where it lies, and little of what all have in common.
 
-    As SigLIP2 starts, attention hands each patch mostly the mean of all, and such an encoder was seen to end up with
-    nearly the same features for every patch of every picture. From random position embeddings what is above what was
-    learned late and badly: places start as waves over the picture, as in MAE (https://arxiv.org/abs/2111.06377).
+    As they start otherwise, attention hands each patch mostly the mean of all, and such an encoder was seen to end
+    up with nearly the same features for every patch of every picture. From random position embeddings what is above
+    what was learned late and badly: places start as waves over the picture, as in MAE (https://arxiv.org/abs/2111.06377).
     """
-    encoder = model.model.vision_model
-    if encoder is None:
-        return
-    positions = encoder.embeddings.position_embedding.weight
-    positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
-    for layer in encoder.encoder.layers:
-        layer.self_attn.out_proj.weight.mul_(0.3)
-        layer.mlp.fc2.weight.mul_(0.3)
+    for encoder in (model.model.vision_model, model.model.spatial_vision_model):
+        if isinstance(encoder, SiglipVisionModel):
+            positions = encoder.embeddings.position_embedding.weight
+            for layer in encoder.encoder.layers:
+                layer.self_attn.out_proj.weight.mul_(0.3)
+                layer.mlp.fc2.weight.mul_(0.3)
+        elif isinstance(encoder, Dinov2Model):
+            positions = encoder.embeddings.position_embeddings[0, 1:]  # the first is the class token's
+        else:
+            continue
+        positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--width", type=int, default=64, help="of the encoders, a multiple of 32 (default: 64)")
+    parser.add_argument("--spatial_vision", default="resnet", choices=tuple(SPATIAL_ENCODERS))
+    parser.add_argument("--spatial_width", type=int, help="of the spatial encoder, if it differs")
     parser.add_argument("--fusion_type", default="spatial_range", choices=tuple(FUSIONS))
     parser.add_argument(
         "--encoder", default="vision", choices=("vision", "spatial_vision"), help='that of the fusion "none"'
     )
+    parser.add_argument("--composition_type", choices=("cross_attention", "gated_attention", "simple_add"))
+    parser.add_argument("--connector_type", default="cross_attention", choices=("cross_attention", "prefix", "both"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.width < 32 or args.width % 32:
-        parser.error(f"--width must be a multiple of 32, the channels of an attention head, not {args.width}")
+    for name in ("width", "spatial_width"):
+        width = getattr(args, name)
+        if width is not None and (width < 32 or width % 32):
+            parser.error(f"--{name} must be a multiple of 32, the channels of an attention head, not {width}")
 
-    processor = make_processor(has_two_views=args.fusion_type != "none")
-    fusion = {"fusion_type": args.fusion_type, "encoder": args.encoder}
+    tokenizer = make_tokenizer()
+    config = make_config(args, tokenizer)
     torch.manual_seed(args.seed)
-    model = AureaForConditionalGeneration(make_config(processor.tokenizer, args.width, fusion))
+    model = AureaForConditionalGeneration(config)
     let_patches_differ(model)
-    model.generation_config = make_generation_config(processor.tokenizer)
+    model.generation_config = make_generation_config(tokenizer)
     model.save_pretrained(args.output_dir)
-    processor.save_pretrained(args.output_dir)
+    make_processor(config, tokenizer).save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters")
 
 

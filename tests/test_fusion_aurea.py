@@ -262,6 +262,29 @@ def test_concat_is_norms_and_one_linear_layer():
     torch.testing.assert_close(fusion(semantic, spatial), expected)
 
 
+def test_concat_without_norms_and_linear_layer_is_the_maps_side_by_side():
+    fusion = make_fusion("concat", (2, 3), norm_features=False, project_output=False)
+    semantic, spatial = random_maps(2, 3)
+    assert not list(fusion.parameters()) and fusion.output_dim == 80
+    assert torch.equal(fusion(semantic, spatial), torch.cat([spatial, semantic], dim=-1).flatten(1, 2))
+    projected = make_fusion("concat", (2, 3), norm_features=False, output_dim=7)
+    expected = fusion(semantic, spatial) @ projected.output_proj.weight.T
+    torch.testing.assert_close(projected(semantic, spatial), expected)
+
+
+@pytest.mark.parametrize("norm_features", [True, False])
+@pytest.mark.parametrize("encoder", ["vision", "spatial_vision"])
+def test_residual_adds_the_other_map_behind_a_gate(encoder, norm_features):
+    fusion = make_fusion("residual", (2, 3), encoder=encoder, output_dim=20, norm_features=norm_features)
+    first, second = random_maps(2, 3) if encoder == "vision" else reversed([*random_maps(2, 3)])
+    maps = (first, second) if encoder == "vision" else (second, first)
+    leading = ((normed(first) if norm_features else first) @ fusion.proj.weight.T).flatten(1, 2)
+    torch.testing.assert_close(fusion(*maps), leading)  # the gate is closed
+    torch.nn.init.normal_(fusion.gate)
+    added = (normed(second) @ fusion.added_proj.weight.T).flatten(1, 2)
+    torch.testing.assert_close(fusion(*maps), leading + torch.tanh(fusion.gate) * added)
+
+
 @pytest.mark.parametrize("spatial_grid", [(2, 3), (4, 3)])
 def test_interleave_takes_tokens_in_turn(spatial_grid):
     fusion = make_fusion("interleave", (2, 3), spatial_grid=spatial_grid, output_dim=10)
@@ -273,11 +296,14 @@ def test_interleave_takes_tokens_in_turn(spatial_grid):
     torch.testing.assert_close(fusion(semantic, spatial), torch.stack([next(rows[turn]) for turn in turns], dim=1))
 
 
-def test_cross_attention_asks_with_the_semantic_map():
-    fusion = make_fusion("cross_attention", (2, 3), spatial_grid=(3, 5), output_dim=12, num_attention_heads=3, depth=2)
+@pytest.mark.parametrize("norm_features", [True, False])
+def test_cross_attention_asks_with_the_semantic_map(norm_features):
+    settings = {"output_dim": 12, "num_attention_heads": 3, "depth": 2, "norm_features": norm_features}
+    fusion = make_fusion("cross_attention", (2, 3), spatial_grid=(3, 5), **settings)
     (semantic, _), (_, spatial) = random_maps(2, 3), random_maps(3, 5)
     for picture in range(2):
-        tokens = normed(semantic[picture]).flatten(0, 1) @ fusion.semantic_proj.weight.T
+        asking = normed(semantic[picture]) if norm_features else semantic[picture]
+        tokens = asking.flatten(0, 1) @ fusion.semantic_proj.weight.T
         source = normed(spatial[picture]).flatten(0, 1)
         for layer in fusion.layers:
             tokens = tokens + attend(layer, normed(tokens), source, num_heads=3)
@@ -339,7 +365,8 @@ class TestAnyFusion:
         fusion = make_fusion(fusion_type, (4, 6), **settings)
         tokens, fused_map = fusion(*needed(fusion_type, *random_maps(4, 6)), return_map=True)
         assert fused_map.shape[:3] == (2, 4, 6)
-        assert torch.equal(fusion.output_proj(fused_map.flatten(1, 2)), tokens)
+        read = fused_map.flatten(1, 2)
+        assert torch.equal(read if fusion_type == "residual" else fusion.output_proj(read), tokens)
 
 
 def test_forward_leaves_no_trace(fusion):
@@ -353,7 +380,7 @@ def test_forward_leaves_no_trace(fusion):
     torch.testing.assert_close(fusion.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fusion_type", ["spatial_range", "concat"])
+@pytest.mark.parametrize("fusion_type", ["spatial_range", "concat", "residual"])
 @pytest.mark.parametrize(
     "shapes",
     [((2, 4, 5, 32), (2, 5, 4, 48)), ((2, 4, 5, 32), (2, 4, 6, 48)), ((2, 20, 32), (2, 20, 48))],
@@ -396,6 +423,8 @@ class TestRegister:
         ({"fusion_type": "sva", "query_grid": 0}, r"\(0, 0\)"),
         ({"fusion_type": "cross_attention", "num_attention_heads": 7}, r"num_attention_heads` \(7\).*96"),
         ({"fusion_type": "sva", "output_dim": 10, "num_attention_heads": 3}, r"\(3\).*10"),
+        ({"fusion_type": "concat", "project_output": False, "output_dim": 9}, "output_dim` is 9.*80"),
+        ({"fusion_type": "residual", "spatial_grid": (4, 8)}, "needs one grid"),
         ({"fusion_type": "sum"}, "'sum', but there are 'spatial_range', 'concat'"),
         ({"output_dim": 0}, "output_dim` must be at least 1, got 0"),
         ({"num_attention_heads": -1}, "num_attention_heads` must be at least 1, got -1"),

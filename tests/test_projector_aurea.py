@@ -26,12 +26,17 @@ def test_depth_activation_and_bias_are_the_configurations():
     two = AureaMultiModalProjector(tiny_config(projector_hidden_act="gelu", projector_bias=True), 24)
     inner = F.gelu(F.linear(features, two.linear_1.weight, two.linear_1.bias))
     torch.testing.assert_close(two(features), F.linear(inner, two.linear_2.weight, two.linear_2.bias))
+    three = AureaMultiModalProjector(tiny_config(projector_hidden_act="gelu", projector_num_layers=3), 24)
+    assert [three.get_submodule(f"linear_{number}").out_features for number in (1, 2, 3)] == [96, 32, 32]
+    inner = F.gelu(features @ three.linear_1.weight.T)
+    inner = F.gelu(inner @ three.linear_2.weight.T)
+    torch.testing.assert_close(three(features), inner @ three.linear_3.weight.T)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"projector_num_layers": 3}, "projector_num_layers"),
+        ({"projector_num_layers": 4}, "projector_num_layers"),
         ({"projector_hidden_act": "glu"}, "`projector_hidden_act` is 'glu'"),
         ({"first_position_id": -1}, "`first_position_id` must be 0 or greater, got -1"),
         ({"lm_head_type": "none"}, "lm_head_type"),

@@ -133,9 +133,9 @@ class AureaFusionConfig(PreTrainedConfig):
     Args:
         fusion_type (`str`, *optional*, defaults to `"spatial_range"`):
             `"spatial_range"`, the published stack of spatial-range attention layers; `"concat"`, the encoders'
-            channels side by side; `"interleave"`, their tokens in turn; `"cross_attention"`, the semantic encoder asks
-            the spatial one; `"sva"`, queries that look at windows of both; `"none"`, one encoder alone; or what
-            `register_fusion` has made known. See `docs/fusions.md`.
+            channels side by side; `"residual"`, one added to the other; `"interleave"`, their tokens in turn;
+            `"cross_attention"`, the semantic encoder asks the spatial one; `"sva"`, queries that look at windows of
+            both; `"none"`, one encoder alone; or what `register_fusion` has made known. See `docs/fusions.md`.
         depth (`int`, *optional*, defaults to 4):
             Stages in each of the two stacks of `"spatial_range"` (a stage is two attention layers); attention layers
             of `"cross_attention"` and `"sva"`.
@@ -152,7 +152,13 @@ class AureaFusionConfig(PreTrainedConfig):
         query_grid (`int` or `list[int]`, *optional*):
             Side, or rows and columns, of the grid of queries of `"sva"`; by default half the semantic encoder's.
         encoder (`str`, *optional*, defaults to `"vision"`):
-            The encoder of `"none"`: `"vision"` or `"spatial_vision"`.
+            The encoder of `"none"`, and the one that `"residual"` adds the other to: `"vision"` or
+            `"spatial_vision"`.
+        norm_features (`bool`, *optional*, defaults to `True`):
+            Whether features pass a layer norm first, in `"concat"`; those of the encoder that leads, in `"residual"`
+            and `"cross_attention"`.
+        project_output (`bool`, *optional*, defaults to `True`):
+            Whether `"concat"` ends in a linear layer; without it its tokens have the channels of both encoders.
     """
 
     model_type = "aurea_fusion"
@@ -166,6 +172,8 @@ class AureaFusionConfig(PreTrainedConfig):
     num_attention_heads: int | None = None
     query_grid: int | list[int] | tuple[int, int] | None = None
     encoder: Literal["vision", "spatial_vision"] = "vision"
+    norm_features: bool = True
+    project_output: bool = True
 
     @property
     def fusion_class(self) -> type[AureaFusion]:
@@ -307,7 +315,8 @@ class AureaConfig(PreTrainedConfig):
             Inner width of the projector; by default eight times the channels of the spatial encoder, or of the only
             one, which is four times the published fusion's output.
         projector_num_layers (`int`, *optional*, defaults to 2):
-            Linear layers of the projector, 1 or 2; a single one has neither inner width nor activation.
+            Linear layers of the projector, 1 to 3: the first of two or three gives `projector_hidden_size` channels,
+            the others the language model's; a single one has neither inner width nor activation.
         projector_hidden_act (`str`, *optional*, defaults to `"silu"`):
             Activation between them, a name of `transformers.activations.ACT2FN`.
         projector_bias (`bool`, *optional*, defaults to `False`):
@@ -380,7 +389,7 @@ class AureaConfig(PreTrainedConfig):
     cross_attention_intermediate_size: int | None = None
     cross_attention_norm_eps: float = 1e-5
     projector_hidden_size: int | None = None
-    projector_num_layers: Literal[1, 2] = 2
+    projector_num_layers: Literal[1, 2, 3] = 2
     projector_hidden_act: str = "silu"
     projector_bias: bool = False
     lm_head_type: Literal["own", "linear"] = "own"

@@ -120,6 +120,15 @@ class AureaFusion(nn.Module):
     def init_weights(self) -> None:
         """Fills parameters that are the fusion's own, with `transformers.initialization`, and none of its layers'."""
 
+    def begin_as(self, single: "AureaNoFusion") -> None:
+        """Fills parameters so that the tokens are those of one encoder alone, as `single` gives them, whatever the
+        other one shows: what [`AureaForConditionalGeneration.add_encoder`] begins with. Not every fusion can.
+
+        Raises:
+            ValueError: with these settings it cannot.
+        """
+        raise NotImplementedError
+
     def forward(self, semantic_features: torch.Tensor | None, spatial_features: torch.Tensor | None) -> torch.Tensor:
         """Maps `(batch, height, width, channels)` of any floating dtype, None for an encoder that it does not need →
         tokens `(batch, num_tokens, output_dim)` in the dtype of the weights."""
@@ -182,6 +191,33 @@ class AureaSpatialRangeAttention(GradientCheckpointingLayer):
 
 def _dim(config) -> int:
     return config.feature_fusion_config.output_dim or 2 * config.feature_sizes[1]
+
+
+def _norm(config, size: int) -> nn.Module:
+    settings = config.feature_fusion_config
+    return nn.LayerNorm(size, eps=settings.layer_norm_eps) if settings.norm_features else nn.Identity()
+
+
+def _normed(norm: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    return norm(features.to(norm.weight.dtype)) if isinstance(norm, nn.LayerNorm) else features
+
+
+def _begin_stem(single: "AureaNoFusion", norm: nn.Module, weight: torch.Tensor) -> None:
+    """Fills a norm and a linear layer's weight (or its columns) with what `single` does to its encoder's features.
+
+    Raises:
+        ValueError: one has a norm, and the other has none.
+    """
+    if single.is_identity == isinstance(norm, nn.LayerNorm):
+        raise ValueError(
+            f"`feature_fusion_config.norm_features` must be {not single.is_identity} here: the features of the first "
+            f"encoder are {'not ' if single.is_identity else ''}normalised so far."
+        )
+    if single.is_identity:
+        weight.copy_(torch.eye(len(weight)))
+    else:
+        norm.load_state_dict(single.get_submodule(single.norm_name).state_dict())
+        weight.copy_(single.output_proj.weight)
 
 
 def _check_grids(semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> None:
@@ -261,30 +297,99 @@ class AureaSpatialRangeFusion(AureaFusion):
 class AureaConcatFusion(AureaFusion):
     """Both maps, normalised, side by side: `x = W [LN(d); LN(s)]`, one token for each position.
 
-    Hard to beat at scale: https://arxiv.org/abs/2408.15998.
+    Without `norm_features` and `project_output` it is the plain `x = [d; s]` of Prismatic VLMs
+    (https://arxiv.org/abs/2402.07865). Hard to beat at scale: https://arxiv.org/abs/2408.15998.
     """
 
     gives_map = True
 
     def __init__(self, config):
         super().__init__(config)
-        eps = config.feature_fusion_config.layer_norm_eps
         semantic_dim, spatial_dim = config.feature_sizes
-        self.output_dim = _dim(config)
-        self.spatial_norm = nn.LayerNorm(spatial_dim, eps=eps)
-        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=eps)
-        self.output_proj = nn.Linear(spatial_dim + semantic_dim, self.output_dim, bias=False)
+        self.spatial_norm = _norm(config, spatial_dim)
+        self.semantic_norm = _norm(config, semantic_dim)
+        self.output_dim, self.output_proj = spatial_dim + semantic_dim, None
+        if config.feature_fusion_config.project_output:
+            self.output_dim = _dim(config)
+            self.output_proj = nn.Linear(spatial_dim + semantic_dim, self.output_dim, bias=False)
+
+    @classmethod
+    def validate_config(cls, config) -> None:
+        super().validate_config(config)
+        settings, total = config.feature_fusion_config, sum(config.feature_sizes)
+        if not settings.project_output and settings.output_dim not in (None, total):
+            raise ValueError(
+                f"`feature_fusion_config.output_dim` is {settings.output_dim}, but without `project_output` tokens "
+                f"of 'concat' have the channels of both encoders, {total}. Leave one of the two out."
+            )
+
+    @torch.no_grad()
+    def begin_as(self, single: "AureaNoFusion") -> None:
+        """See [`AureaFusion`]: the other encoder's columns of `W` are zero."""
+        if self.output_proj is None:
+            raise ValueError("`feature_fusion_config.project_output` must be True, for its zeros hide an encoder.")
+        weight = self.output_proj.weight.zero_()
+        sizes = (weight.shape[1] - single.feature_size, single.feature_size)
+        if single.norm_name == "semantic_norm":
+            _begin_stem(single, self.semantic_norm, weight.split(sizes, dim=1)[1])
+        else:
+            _begin_stem(single, self.spatial_norm, weight.split(sizes[::-1], dim=1)[0])
 
     def forward(
         self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """See [`AureaFusion`]; ValueError if the grids differ. The map is the one before the linear layer."""
         _check_grids(semantic_features, spatial_features)
-        dtype = self.spatial_norm.weight.dtype
-        spatial = self.spatial_norm(spatial_features.to(dtype))
-        joint = torch.cat([spatial, self.semantic_norm(semantic_features.to(dtype))], dim=-1)
-        tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, output_dim)
+        spatial = _normed(self.spatial_norm, spatial_features)
+        joint = torch.cat([spatial, _normed(self.semantic_norm, semantic_features)], dim=-1)
+        tokens = joint.flatten(1, 2)  # (B, H·W, both encoders' channels)
+        tokens = tokens if self.output_proj is None else self.output_proj(tokens)
         return (tokens, joint) if return_map else tokens
+
+
+class AureaResidualFusion(AureaFusion):
+    """One encoder's map, to which the other's is added behind a gate that begins at zero:
+
+        x = W₀ LN(s) + tanh(g) · W₁ LN(d)
+
+    `encoder` names the one that leads, `s`. The gate is Flamingo's: https://arxiv.org/abs/2204.14198.
+    """
+
+    gives_map = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        settings, sizes = config.feature_fusion_config, config.feature_sizes
+        self.is_led_by_semantic = settings.encoder == "vision"
+        size, added_size = sizes if self.is_led_by_semantic else sizes[::-1]
+        self.output_dim = settings.output_dim or size
+        self.norm = _norm(config, size)
+        self.proj = nn.Linear(size, self.output_dim, bias=False)
+        self.added_norm = nn.LayerNorm(added_size, eps=settings.layer_norm_eps)
+        self.added_proj = nn.Linear(added_size, self.output_dim, bias=False)
+        self.gate = nn.Parameter(torch.zeros(self.output_dim))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.gate)
+
+    @torch.no_grad()
+    def begin_as(self, single: "AureaNoFusion") -> None:
+        """See [`AureaFusion`]: the gate is zero."""
+        if self.is_led_by_semantic != (single.norm_name == "semantic_norm"):
+            raise ValueError("`feature_fusion_config.encoder` must name the encoder that was there before.")
+        _begin_stem(single, self.norm, self.proj.weight)
+        self.gate.zero_()
+
+    def forward(
+        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """See [`AureaFusion`]; ValueError if the grids differ. The map is that of the tokens."""
+        _check_grids(semantic_features, spatial_features)
+        maps = (semantic_features, spatial_features)
+        features, added = maps if self.is_led_by_semantic else maps[::-1]
+        added = self.added_proj(_normed(self.added_norm, added).flatten(1, 2))
+        tokens = self.proj(_normed(self.norm, features).flatten(1, 2)) + self.gate.tanh() * added
+        return (tokens, tokens.unflatten(1, features.shape[1:3])) if return_map else tokens
 
 
 class AureaInterleaveFusion(AureaFusion):
@@ -372,7 +477,7 @@ class AureaCrossAttentionFusion(AureaFusion):
         semantic_dim, spatial_dim = config.feature_sizes
         dim = self.output_dim = _dim(config)
         num_heads = settings.num_heads_for(dim)
-        self.semantic_norm = nn.LayerNorm(semantic_dim, eps=settings.layer_norm_eps)
+        self.semantic_norm = _norm(config, semantic_dim)
         self.spatial_norm = nn.LayerNorm(spatial_dim, eps=settings.layer_norm_eps)
         self.semantic_proj = nn.Linear(semantic_dim, dim, bias=False)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=settings.layer_norm_eps) for _ in range(settings.depth))
@@ -382,11 +487,19 @@ class AureaCrossAttentionFusion(AureaFusion):
     def validate_config(cls, config) -> None:
         _validate_heads(config)
 
+    @torch.no_grad()
+    def begin_as(self, single: "AureaNoFusion") -> None:
+        """See [`AureaFusion`]: the attention's output is zero."""
+        if single.norm_name != "semantic_norm":
+            raise ValueError("The spatial encoder answers in 'cross_attention', and was alone so far.")
+        _begin_stem(single, self.semantic_norm, self.semantic_proj.weight)
+        for layer in self.layers:
+            layer.o_proj.weight.zero_()
+
     def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
         """See [`AureaFusion`]; there are as many tokens as the semantic encoder has."""
-        dtype = self.semantic_norm.weight.dtype
-        tokens = self.semantic_proj(self.semantic_norm(semantic_features.to(dtype)).flatten(1, -2))
-        source = self.spatial_norm(spatial_features.to(dtype)).flatten(1, -2)
+        tokens = self.semantic_proj(_normed(self.semantic_norm, semantic_features).flatten(1, -2))
+        source = _normed(self.spatial_norm, spatial_features).flatten(1, -2)
         for norm, layer in zip(self.norms, self.layers):
             tokens = tokens + layer(norm(tokens), source)
         return tokens
@@ -464,13 +577,13 @@ class AureaNoFusion(AureaFusion):
         settings = config.feature_fusion_config
         [place] = (idx for idx, name in enumerate(config.encoder_configs) if name in self.encoders(config))
         self.num_tokens = math.prod(config.feature_shapes[place])
-        feature_size = config.feature_sizes[place]
-        self.output_dim = settings.output_dim or feature_size
+        self.feature_size = config.feature_sizes[place]
+        self.output_dim = settings.output_dim or self.feature_size
         self.norm_name = {"vision": "semantic_norm", "spatial_vision": "spatial_norm"}[settings.encoder]
         self.is_identity = settings.output_dim is None
         if not self.is_identity:
-            self.add_module(self.norm_name, nn.LayerNorm(feature_size, eps=settings.layer_norm_eps))
-            self.output_proj = nn.Linear(feature_size, self.output_dim, bias=False)
+            self.add_module(self.norm_name, nn.LayerNorm(self.feature_size, eps=settings.layer_norm_eps))
+            self.output_proj = nn.Linear(self.feature_size, self.output_dim, bias=False)
 
     @classmethod
     def encoders(cls, config) -> tuple[str, ...]:
@@ -491,6 +604,7 @@ class AureaNoFusion(AureaFusion):
 
 register_fusion("spatial_range", AureaSpatialRangeFusion)
 register_fusion("concat", AureaConcatFusion)
+register_fusion("residual", AureaResidualFusion)
 register_fusion("interleave", AureaInterleaveFusion)
 register_fusion("cross_attention", AureaCrossAttentionFusion)
 register_fusion("sva", AureaSpatialVisionAggregator)

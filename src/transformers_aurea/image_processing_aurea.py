@@ -25,7 +25,8 @@ import PIL.Image
 import PIL.ImageCms
 import PIL.ImageOps
 import torch
-from transformers import BatchFeature, PilBackend
+import transformers
+from transformers import BaseImageProcessor, BatchFeature, PilBackend
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -107,6 +108,8 @@ class AureaImageProcessor(PilBackend):
 
     Settings of view 0: `size` (resized to exactly this, or by its `shortest_edge`), `crop_size` (`None`: no crop),
     `resample`, `image_mean`, `image_std`; of view 1: the same names after `spatial_`, see `AureaImageProcessorKwargs`.
+    `first_view`, the dictionary of another image processor of transformers, lets that one make view 0, pixel by pixel
+    as it does; the settings then only say how large the view is.
 
     Raises:
         ValueError: a picture cannot be read or has no pixels, a wrong number of dimensions or channels, or values that
@@ -129,6 +132,8 @@ class AureaImageProcessor(PilBackend):
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
 
+    first_view: dict | None = None
+
     do_spatial_view = True
     spatial_size = {"shortest_edge": 256}
     spatial_resample = PILImageResampling.BICUBIC
@@ -138,7 +143,25 @@ class AureaImageProcessor(PilBackend):
 
     def preprocess(self, images: ImageInput, **kwargs: Unpack[AureaImageProcessorKwargs]) -> BatchFeature:
         """See the class. `return_tensors` is `"pt"`, `"np"` or `None` (a list with one array per picture)."""
-        return super().preprocess(images, **kwargs)
+        if self.first_view is None:
+            return super().preprocess(images, **kwargs)
+        pictures, return_tensors = (
+            list(flatten_pictures(self.fetch_images(images))),
+            kwargs.pop("return_tensors", None),
+        )
+        canvases = super().preprocess(pictures, **kwargs, return_tensors="pt")["pixel_values"]
+        if pictures:
+            own = {name: value for name, value in kwargs.items() if not name.startswith("spatial_")}
+            first = self._first_image_processor(pictures, **own, return_tensors="pt")["pixel_values"]
+            canvases[:, 0] = torch.nn.functional.pad(
+                first, (0, canvases.shape[-1] - first.shape[-1], 0, canvases.shape[-2] - first.shape[-2])
+            )
+        pixel_values = list(canvases.numpy()) if return_tensors is None else canvases
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+    @property
+    def _first_image_processor(self) -> BaseImageProcessor:
+        return getattr(transformers, self.first_view["image_processor_type"])(**self.first_view)
 
     def fetch_images(self, images: ImageInput):
         """Reads what is encoded. The nesting stays; `None` in a list becomes an empty one."""

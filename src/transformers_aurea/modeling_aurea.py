@@ -26,6 +26,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .added_encoder_aurea import AureaAddedEncoderMixin
 from .auxiliary_losses_aurea import check_are_trained, fusion_losses, share_of_loss
 from .composition_aurea import AureaComposition, look_through
 from .configuration_aurea import AureaConfig, optional_field
@@ -356,7 +357,9 @@ class AureaModel(AureaPreTrainedModel):
             )
 
 
-class AureaForConditionalGeneration(AureaFromPartsMixin, AureaPreTrainedModel, AureaGenerationMixin):
+class AureaForConditionalGeneration(
+    AureaFromPartsMixin, AureaAddedEncoderMixin, AureaPreTrainedModel, AureaGenerationMixin
+):
     """[`AureaModel`] with the language model's own head: from pictures and text to text.
 
     Args of `forward`, beside those of [`AureaModel`]:

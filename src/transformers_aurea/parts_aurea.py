@@ -67,7 +67,7 @@ def parts_config(vision: Part | None, spatial_vision: Part | None, text: Part, *
         )
     check_is_decoder(text_config)
     encoders = {"vision": vision, "spatial_vision": spatial_vision}
-    configs = {f"{name}_config": _vision_config(part, name) for name, part in encoders.items() if part is not None}
+    configs = {f"{name}_config": encoder_config(part, name) for name, part in encoders.items() if part is not None}
     if len(configs) == 1 and not {"feature_fusion_config", "fusion_config"} & config_overrides.keys():
         [name] = configs
         config_overrides["feature_fusion_config"] = {"fusion_type": "none", "encoder": name.removesuffix("_config")}
@@ -130,7 +130,12 @@ def _config(part: Part, name: str) -> PreTrainedConfig:
         raise type(error)(f"`{name}={str(part)!r}` is no model that can be loaded: {error}") from error
 
 
-def _vision_config(part: Part, name: str) -> PreTrainedConfig:
+def encoder_config(part: Part, name: str) -> PreTrainedConfig:
+    """The configuration of a vision encoder, or of the vision tower of what is given as the argument `name`.
+
+    Raises:
+        OSError, TypeError, ValueError: it is none.
+    """
     config = _tower_config(_config(part, name))
     encoder_class = MODEL_MAPPING.get(type(config), None)
     if getattr(encoder_class, "main_input_name", None) != "pixel_values":
@@ -459,6 +464,7 @@ __all__ = [
     "AureaFromPartsMixin",
     "Part",
     "check_overrides",
+    "encoder_config",
     "image_token",
     "load_encoder",
     "load_language_model",

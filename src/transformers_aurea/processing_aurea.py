@@ -282,6 +282,42 @@ class AureaProcessor(ProcessorMixin):
             )
         return processor
 
+    def add_encoder(self, encoder: Part, config: AureaConfig, name: str = "spatial_vision") -> None:
+        r"""Makes two views of a picture, for a model that was given this encoder by its `add_encoder`, in place.
+
+        The first view stays what it is; the new one shows what that does, cropped alike, in the new encoder's size
+        and normalisation.
+
+        Args:
+            encoder (`str`, `os.PathLike` or `PreTrainedModel`): As given for the model.
+            config ([`AureaConfig`]): The model's, with both encoders.
+            name (`str`, *optional*, defaults to `"spatial_vision"`): Which of the model's encoders is the new one.
+
+        Raises:
+            ValueError: `config` has one encoder, or there are two views already.
+        """
+        old, views = self.image_processor.to_dict(), config.views
+        if len(views) == 1 or old.get("do_spatial_view"):
+            raise ValueError(
+                f"The processor makes {1 + bool(old.get('do_spatial_view'))} views for a model of {len(views)} "
+                "encoders: `add_encoder` of the model comes first, and once."
+            )
+        new = views.pop(f"{name}_config")
+        [first] = views.values()
+        settings = {key: old[key] for key in ("size", "resample", "image_mean", "image_std")}
+        settings["crop_size"] = old["crop_size"] if old.get("do_center_crop") else None
+        added = view_settings(encoder, new.size, "") | _cropped_alike(settings, first.size, new.size)
+        both = dict(zip(("", "spatial_"), (settings, added) if new.index == 1 else (added, settings)))
+        named = {f"{prefix}{key}": value for prefix, view in both.items() for key, value in view.items()}
+        if not isinstance(self.image_processor, AureaImageProcessor):
+            if new.index == 0:
+                raise ValueError("An image processor of another kind makes the first view, where the new one belongs.")
+            named["first_view"] = old
+        switches = ("do_convert_rgb", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
+        named |= {key: old[key] for key in switches}
+        self.image_processor = AureaImageProcessor(**named, do_spatial_view=True)
+        self.image_seq_length = config.placeholders_per_image
+
     def __call__(
         self,
         images: ImageInput | None = None,
@@ -494,6 +530,16 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, image_token: str) -> lis
     """The control tokens that can be marked, which a single character cannot."""
     tokens = tokenizer.added_tokens_decoder.values()
     return [token for token in tokens if (token.special or token.content == image_token) and len(token.content) > 1]
+
+
+def _cropped_alike(settings: dict, size: tuple[int, int], new_size: tuple[int, int]) -> dict:
+    """Size and crop of a view of `new_size` that shows what one of `size` with these settings does."""
+    if settings["crop_size"] is None:
+        return {}
+    (height, width), (new_height, new_width) = size, new_size
+    ratios = {"height": new_height / height, "width": new_width / width, "shortest_edge": new_height / height}
+    resized = {key: round(length * ratios[key]) for key, length in settings["size"].items()}
+    return {"size": resized, "crop_size": {"height": new_height, "width": new_width}}
 
 
 class _ControlWords:
