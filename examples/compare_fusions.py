@@ -10,18 +10,28 @@ many steps; a seed fixes the first weights. Two baselines are honest: plain conc
 wide (`resnet:128`) that its model has as many parameters as those of the pair.
 
 `comparison.json` has, run by run, the scores on test scenes of up to two objects, and what remains of them when one
-encoder sees the mean picture; `comparison.md` tables of these, of the costs (measured one by one at the end, on one
-core), and of how alike the maps of encoders and fusion are; `comparison.svg` a chart. What is there with as many
-pictures is not run again, and what was cut off goes on where it was.
+encoder sees the mean picture; and, measured one by one at the end, on one core, what each candidate costs and how
+alike the maps of its encoders and its fusion are (see `measure_costs.py`). `comparison.md` has the tables,
+`comparison.svg` a chart (matplotlib: `pip install -e ".[bench]"`). What is there with as many pictures is not run
+again, and what was cut off goes on where it was.
 """
 
+import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+
+from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.fusion_aurea import FUSIONS
+from transformers_aurea.scenes import KINDS
 
 
 EXAMPLES = Path(__file__).parent
@@ -34,7 +44,9 @@ SINGLE_ENCODERS = {
     "dinov2": ("--encoder", "spatial_vision", "--spatial_vision", "dinov2"),
 }
 ENCODERS = PAIRS | SINGLE_ENCODERS
+CONNECTORS = ("cross_attention", "prefix", "both")
 NO_COMPOSITION = "none"
+COMPOSITIONS = (NO_COMPOSITION, "cross_attention", "gated_attention", "simple_add")
 
 ONE_OBJECT = {"color": 1, "shape": 1, "size": 1, "count": 1, "existence": 1, "describe": 1, "locate": 1}
 TWO_OBJECTS = ONE_OBJECT | {"left_right": 2, "above_below": 2, "locate": 2}
@@ -57,7 +69,8 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "-".join(part for part in self if part != "none")
+        composed = f"composed_{self.composition_type}" if self.composition_type != NO_COMPOSITION else None
+        return "-".join(filter(None, (self.fusion_type, self.connector_type, self.encoders, composed)))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -69,31 +82,220 @@ class Candidate(NamedTuple):
         )
 
 
-def run(folder: Path, candidate: Candidate, seed: int, scenes: int, eval_scenes: int) -> dict:
-    """The scores of one training. What of it is done already, whole, is not done again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    start, half_written, trained = (folder / name for name in ("start", "partial", "trained"))
-    scores = folder / f"scores-{eval_scenes}.json"
+class Run(NamedTuple):
+    """One training of a candidate."""
 
-    def call(script: str, *options):
+    folder: Path
+    candidate: Candidate
+    seed: int
+    scenes: int
+    eval_scenes: int
+
+    @property
+    def settings(self) -> dict:
+        return {**self.candidate._asdict(), "seed": self.seed, "scenes": self.scenes, "eval_scenes": self.eval_scenes}
+
+    def call(self, script: str, *options):
+        """Runs an example on one core.
+
+        Raises:
+            RuntimeError: it failed.
+        """
         command = [str(part) for part in (sys.executable, EXAMPLES / script, *options)]
-        with open(folder / "log.txt", "a") as log:
+        with open(self.folder / "log.txt", "a") as log:
             done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
         if done.returncode:
-            raise RuntimeError(f"{script} ended with {done.returncode}; {folder / 'log.txt'} says why")
+            raise RuntimeError(f"{script} ended with {done.returncode}; {self.folder / 'log.txt'} says why")
 
-    if not start.is_dir():
-        shutil.rmtree(half_written, ignore_errors=True)
-        call("make_embedded_model.py", "--output_dir", half_written, *candidate.options, "--seed", seed)
-        half_written.rename(start)
-    call(
-        *("train.py", "--args_file", EXAMPLES / "embedded.args"),
-        *("--model_name_or_path", start, "--output_dir", trained, "--stage", "full"),
-        *("--scenes", scenes, "--curriculum", CURRICULUM, "--warmup_steps", 100),
-        *("--eval_strategy", "no", "--do_eval", "False"),
+    def train(self) -> dict:
+        """The scores. What was done already, whole, is not done again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start, half_written, trained = (self.folder / name for name in ("start", "partial", "trained"))
+        scores = self.folder / f"scores-{self.eval_scenes}.json"
+        if not start.is_dir():
+            shutil.rmtree(half_written, ignore_errors=True)
+            options = ("--output_dir", half_written, *self.candidate.options, "--seed", self.seed)
+            self.call("make_embedded_model.py", *options)
+            half_written.rename(start)
+        self.call(
+            *("train.py", "--args_file", EXAMPLES / "embedded.args"),
+            *("--model_name_or_path", start, "--output_dir", trained, "--stage", "full"),
+            *("--scenes", self.scenes, "--curriculum", CURRICULUM, "--warmup_steps", 100),
+            *("--eval_strategy", "no", "--do_eval", "False"),
+        )
+        if not scores.is_file():
+            self.call(
+                *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
+                *("--scenes", self.eval_scenes, "--max_objects", 2, "--no_controls", "--blind"),
+            )
+        return json.loads(scores.read_text())
+
+    def measure(self) -> dict:
+        """The costs, of which the trained model's likeness is one."""
+        costs = self.folder / "costs.json"
+        if not costs.is_file():
+            self.call("measure_costs.py", "--model_name_or_path", self.folder / "trained", "--output", costs)
+        return json.loads(costs.read_text())
+
+
+class Comparison:
+    """What was found so far, and its file."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        found = json.loads(file.read_text()) if file.is_file() else {"runs": [], "costs": {}}
+        self.runs, self.costs = found["runs"], found["costs"]
+
+    def has(self, run: Run) -> bool:
+        return any(run.settings.items() <= found.items() for found in self.runs)
+
+    def save(self):
+        half_written = self.file.with_suffix(".partial")
+        half_written.write_text(json.dumps({"runs": self.runs, "costs": self.costs}, indent=1) + "\n")
+        half_written.replace(self.file)
+
+    def scores(self, candidate: Candidate, sizes: dict) -> list[dict]:
+        wanted = (candidate._asdict() | sizes).items()
+        return [found["scores"] for found in self.runs if wanted <= found.items()]
+
+
+def percent(shares: list[float]) -> str:
+    """The mean, and of several the standard deviation."""
+    shares = [100 * share for share in shares]
+    spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{statistics.mean(shares):.1f}{spread}" if shares else ""
+
+
+def as_table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def score_table(found: Comparison, candidates: list[Candidate], sizes: dict) -> str:
+    """Exact match in per cent, mean ± standard deviation over the seeds; last, guessing."""
+    blind = {"blind_vision": "all, semantic blind", "blind_spatial_vision": "all, spatial blind"}
+    rows = [["", "seeds", *KINDS, "all", *blind.values()]]
+    for candidate in candidates:
+        scores = found.scores(candidate, sizes)
+        cells = [percent([one[kind]["exact_match"] for one in scores]) for kind in (*KINDS, "all")]
+        cells += [percent([one["all"][column] for one in scores if column in one["all"]]) for column in blind]
+        rows.append([candidate.name, str(len(scores)), *cells])
+    commonest = [f"{100 * scores[0][kind]['commonest_answer']:.1f}" for kind in KINDS]
+    rows.append(["commonest answer", "", *commonest, *[""] * (1 + len(blind))])
+    return as_table(rows)
+
+
+def cost_table(found: Comparison, candidates: list[Candidate]) -> str:
+    titles = {
+        "flops_per_picture": ("MFLOP a picture", 1e-6),
+        "flops_per_token": ("MFLOP a token", 1e-6),
+        "seconds_per_picture": ("ms a picture", 1e3),
+        "seconds_per_token": ("ms a token", 1e3),
+        "seconds_to_first_token": ("ms to the first token", 1e3),
+        "training_mib": ("MiB of a training step", 1),
+    }
+    pairs = {
+        "vision, spatial_vision": "CKA semantic, spatial",
+        "vision, fused": "CKA semantic, fused",
+        "spatial_vision, fused": "CKA spatial, fused",
+    }
+    rows = [["", "parameters", *(title for title, _ in titles.values()), *pairs.values()]]
+    for candidate in candidates:
+        costs = found.costs[candidate.name]
+        cells = [f"{factor * costs[name]:.1f}" for name, (_, factor) in titles.items()]
+        cells += [f"{costs['cka'][pair]:.2f}" if pair in costs["cka"] else "" for pair in pairs]
+        rows.append([candidate.name, f"{costs['parameters']:,}", *cells])
+    return as_table(rows)
+
+
+def draw(found: Comparison, candidates: list[Candidate], sizes: dict, file: Path):
+    """Each run's score, the mean of each candidate, and what is left with an encoder blinded."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "aurea"  # the same figures make the same file
+    figure, axes = plt.subplots(figsize=(7.5, 1 + 0.35 * len(candidates)), layout="constrained")
+    marks = {
+        "exact_match": "both eyes open",
+        "blind_vision": "semantic blind",
+        "blind_spatial_vision": "spatial blind",
+    }
+    for color, (column, label) in enumerate(marks.items()):
+        for place, candidate in enumerate(candidates):
+            values = [100 * one["all"][column] for one in found.scores(candidate, sizes) if column in one["all"]]
+            if values:
+                axes.plot(values, [place] * len(values), linestyle="", marker="o", markersize=3, color=f"C{color}")
+                axes.plot([statistics.mean(values)], [place], marker="|", markersize=14, color=f"C{color}")
+        axes.plot([], [], linestyle="", marker="o", markersize=3, color=f"C{color}", label=label)
+    axes.set_yticks(range(len(candidates)), [candidate.name for candidate in candidates])
+    axes.set(xlabel="exact match over all kinds, %")
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, metadata={"Date": None})
+
+
+def read_args() -> tuple[argparse.Namespace, list[Candidate]]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--fusion_types", nargs="+", default=list(FUSIONS), choices=list(FUSIONS))
+    parser.add_argument("--connector_types", nargs="+", default=["cross_attention"], choices=CONNECTORS)
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        default=["siglip+resnet", "siglip", "resnet", "resnet:128"],
+        choices=list(ENCODERS),
+        help='pairs, and single ones for the fusion "none" (default: siglip+resnet siglip resnet resnet:128)',
     )
-    call(
-        *("evaluate_scenes.py", "--model_name_or_path", trained, "--output", scores),
-        *("--scenes", eval_scenes, "--max_objects", 2, "--no_controls", "--blind"),
-    )
-    return json.loads(scores.read_text())
+    parser.add_argument("--composition_types", nargs="+", default=[NO_COMPOSITION], choices=COMPOSITIONS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--scenes", type=int, default=6_000, help="training pictures, 8 a step (default: 6000)")
+    parser.add_argument("--eval_scenes", type=int, default=400, help="test pictures (default: 400)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
+    args = parser.parse_args()
+    for name in ("scenes", "eval_scenes", "processes"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    asked = product(args.fusion_types, args.connector_types, args.encoders, args.composition_types)
+    candidates = [candidate for candidate in dict.fromkeys(map(Candidate._make, asked)) if candidate.is_possible]
+    if not candidates:
+        parser.error(
+            "nothing to compare: fusions and compositions need a pair of --encoders, and the fusion none without a "
+            "composition a single one"
+        )
+    return args, candidates
+
+
+def main():
+    args, candidates = read_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    found = Comparison(args.output_dir / "comparison.json")
+    sizes = {"scenes": args.scenes, "eval_scenes": args.eval_scenes}
+    runs = [
+        Run(args.output_dir / f"{candidate.name}-{seed}-{args.scenes}", candidate, seed, **sizes)
+        for seed in dict.fromkeys(args.seeds)
+        for candidate in candidates
+    ]
+    with ThreadPoolExecutor(args.processes) as pool:
+        started = {pool.submit(run.train): run for run in runs if not found.has(run)}
+        try:
+            for ended in as_completed(started):
+                found.runs.append(started[ended].settings | {"scores": ended.result()})
+                found.save()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure no more are begun
+    for run in runs[: len(candidates)]:
+        if run.candidate.name not in found.costs:
+            found.costs[run.candidate.name] = run.measure()
+            found.save()
+    tables = f"{score_table(found, candidates, sizes)}\n\n{cost_table(found, candidates)}\n"
+    print(tables)
+    args.output_dir.joinpath("comparison.md").write_text(tables)
+    if find_spec("matplotlib") is None:
+        print('no chart, for matplotlib is missing: pip install "transformers-aurea[bench]"')
+    else:
+        draw(found, candidates, sizes, args.output_dir / "comparison.svg")
+
+
+if __name__ == "__main__":
+    errors_in_one_line()
+    main()

@@ -92,7 +92,8 @@ def evaluate(
     if blind:
         mean = processor(images=pictures, return_tensors="pt")["pixel_values"].mean(dim=0)  # (views, 3, H, W)
         for name, view in model.config.views.items():
-            views[f"blind_{name.removesuffix('_config')}"] = (pictures, {view.index: mean[view.index]})
+            index = min(view.index, len(mean) - 1)  # a single encoder's view is the only one
+            views[f"blind_{name.removesuffix('_config')}"] = (pictures, {index: mean[index]})
     said = [
         answers(
             model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, replaced

@@ -59,6 +59,11 @@ def training_options(model, output, steps):
     }
 
 
+def example(name: str) -> SimpleNamespace:
+    """What an example script defines."""
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+
+
 def as_arguments(options):
     return [f"--{name}={value}" for name, value in options.items()]
 
@@ -298,24 +303,73 @@ def test_the_embedded_model_may_have_one_encoder(encoder, tmp_path):
 
 @pytest.mark.slow
 def test_a_comparison_goes_on_where_it_was_cut_off(tmp_path):
-    start = tmp_path / "none-0-16-4" / "start"
+    name = "none-cross_attention-resnet"
+    start = tmp_path / f"{name}-0-16" / "start"
     half_written = start.with_name("partial")
     half_written.mkdir(parents=True)
     (half_written / "config.json").write_text("{")
 
     def compare(*options):
-        found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "none", *options)
+        encoders = ("--encoders", "resnet", "siglip+resnet")
+        found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "none", *encoders, *options)
         return found.stdout if found.returncode == 0 else pytest.fail(found.stderr)
 
     table = compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0, 0)
-    assert re.search(r"\| none \| 1,650,368 \| \d+\.\d \|", table)
+    assert re.search(rf"\| {name} \| 1 \| \d+\.\d \|", table) and f"| {name} | 1,630,432 |" in table
     assert start.is_dir() and not half_written.exists()
     shutil.rmtree(start.parent)  # nothing is done again
     assert compare("--scenes", 16, "--eval_scenes", 4, "--seeds", 0) == table
     assert not start.parent.exists()
     compare("--scenes", 16, "--eval_scenes", 5, "--seeds", 0)
-    runs = json.loads((tmp_path / "comparison.json").read_text())
-    assert [found["eval_scenes"] for found in runs] == [4, 5]
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert [one["eval_scenes"] for one in found["runs"]] == [4, 5] and [*found["costs"]] == [name]
+    assert "blind_spatial_vision" in found["runs"][0]["scores"]["all"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("concat", "prefix", "siglip+resnet", "none"), True),
+        (("concat", "prefix", "resnet", "none"), False),
+        (("none", "both", "resnet:128", "none"), True),
+        (("none", "both", "siglip+resnet", "none"), False),
+        (("none", "both", "siglip+dinov2", "simple_add"), True),
+        (("sva", "both", "siglip+dinov2", "gated_attention"), True),
+        (("none", "both", "siglip", "cross_attention"), False),
+    ],
+    ids=str,
+)
+def test_candidates_of_a_comparison(asked, expected, tmp_path):
+    candidate = example("compare_fusions").Candidate(*asked)
+    assert candidate.is_possible is expected
+    if expected:
+        check(run("make_embedded_model.py", "--output_dir", tmp_path / "model", "--width", 32, *candidate.options))
+        config = AureaForConditionalGeneration.from_pretrained(tmp_path / "model").config
+        assert (config.feature_fusion_config.fusion_type, config.connector_type) == asked[:2]
+        assert len(config.encoder_configs) == 1 + ("+" in asked[2])
+        composition = config.composition_config and config.composition_config.composition_type
+        assert (composition or "none") == asked[3]
+
+
+class TestCosts:
+    def test_likeness_is_one_of_equal_maps_and_none_of_unrelated_ones(self):
+        cka = example("measure_costs").cka
+        generator = torch.Generator().manual_seed(0)
+        features, others = (torch.randn(200, size, generator=generator) for size in (30, 500))
+        assert cka(features, features) == pytest.approx(1)
+        rotation = torch.linalg.qr(torch.randn(30, 30, generator=generator))[0]
+        assert cka(features, 3 * features @ rotation + 7) == pytest.approx(1, abs=1e-3)
+        assert abs(cka(features, others)) < 0.05  # the biased estimator would say 0.7
+        half = torch.cat([features, torch.randn(200, 30, generator=generator)], dim=1)
+        assert 0.5 < cka(features, half) < 0.9
+
+    def test_flops_are_those_of_its_matrices(self, untrained):
+        script = example("measure_costs")
+        model = AureaForConditionalGeneration.from_pretrained(untrained).eval().requires_grad_(False)
+        assert script.flops(model.lm_head, torch.zeros(1, 3, 128)) == 2 * 3 * 128 * model.config.text_config.vocab_size
+        attention = torch.nn.functional.scaled_dot_product_attention
+        states = torch.zeros(1, 2, 5, 8)
+        assert script.flops(attention, states, states, states) == 2 * 2 * 2 * 5 * 5 * 8
 
 
 def test_quickstart_asks_about_a_scene(tmp_path):
