@@ -315,6 +315,17 @@ class TestDeclarations:
         )
         assert (model.model.fusion.latents == 0.25).all() and model.model.fusion.num_tokens == 3
 
+    def test_its_settings_go_when_another_takes_its_place(self, settings, tmp_path, caplog):
+        tiny_config(**settings).save_pretrained(tmp_path / "saved")
+        assert AureaConfig.from_pretrained(tmp_path / "saved").feature_fusion_config.num_latents == 3
+        config = AureaConfig.from_pretrained(tmp_path / "saved", feature_fusion_config={"fusion_type": "concat"})
+        assert "num_latents" not in vars(config.feature_fusion_config)
+        assert "Nothing reads ['num_latents']" in caplog.text
+        with pytest.raises(ValueError, match="'num_latents' is no argument of AureaFusionConfig"):
+            AureaConfig.from_pretrained(
+                tmp_path / "saved", feature_fusion_config={"fusion_type": "concat", "num_latents": 2}
+            )
+
 
 class TestSavedFiles:
     def test_imports_become_flat_and_nothing_else_changes(self, own, tmp_path):
