@@ -285,7 +285,7 @@ class TestRefusals:
         [
             (
                 {"num_composition_layers": 4},
-                r"\(4\) must not be more than the layers of `spatial_vision_config` .*\(3\)",
+                r"\(4\) must not be more than the layers of `spatial_vision_config` .*\(3\)\. Set it to 3 or less",
             ),
             ({"num_attention_heads": 3}, r"\(3\) must divide `vision_config.hidden_size` \(16\)"),
             ({"num_composition_layers": 0}, "must be at least 1, got 0"),
@@ -422,6 +422,6 @@ def test_every_parameter_of_both_encoders_takes_part_whatever_is_read(layer):
 
 def test_features_before_all_compositions_are_refused():
     with pytest.raises(
-        StrictDataclassError, match=r"\(2\) must not be more than the layers of `vision_config` .*\(0\)"
+        StrictDataclassError, match=r"\(2\) must not be more than the layers of `vision_config` .*\(0\)\. Let"
     ):
         composed_model(vision_feature_layer=0)

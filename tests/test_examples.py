@@ -137,7 +137,12 @@ def test_rows_are_grouped_by_length(untrained, tmp_path, strategy):
             "no.json does",
         ),
         ("evaluate_scenes.py", ["--model_name_or_path", "nowhere/at/all", "--scenes", "2"], "nowhere/at/all"),
-        ("take_apart.py", ["--model_name_or_path", "nowhere/at/all", "--output_dir", "x"], "nowhere/at/all"),
+        (
+            "take_apart.py",
+            ["--model_name_or_path=nowhere", "--output_dir", "x"],
+            "--model_name_or_path nowhere is no fo",
+        ),
+        ("quickstart.py", ["--model", "no/where"], "error: --model no/where is no folder. "),
         ("quickstart.py", ["--image", "no.png", "--prompt", "a"], "no.png' cannot be read"),
         ("plot_training.py", ["nowhere"], "nowhere/trainer_state.json"),
         ("compare_fusions.py", ["--output_dir", "/dev/null/x"], "/dev/null/x"),

@@ -762,9 +762,10 @@ class AureaConfig(PreTrainedConfig):
                 )
         for name, depth in zip(self.encoder_configs, self.composition_positions[-1]):
             if settings.num_composition_layers > depth:
+                remedy = f"Set it to {depth} or less" if depth else "Let `vision_feature_layer` name a later one"
                 raise ValueError(
                     f"`composition_config.num_composition_layers` ({settings.num_composition_layers}) must not be "
-                    f"more than the layers of `{name}` whose features are read ({depth})."
+                    f"more than the layers of `{name}` whose features are read ({depth}). {remedy}."
                 )
         dim, heads = self.vision_config.hidden_size, settings.num_attention_heads
         if dim % heads:
