@@ -117,6 +117,11 @@ def run_without_package(script: str, folder: Path, *arguments) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def some(cases, are_enough) -> list:
+    """Cases for `parametrize`, of which those that tell nothing that others do not are left to `pytest -m slow`."""
+    return [pytest.param(*case, marks=() if are_enough(*case) else pytest.mark.slow) for case in cases]
+
+
 # Forks of a process that has done nothing but import what takes ten seconds: as good as new ones.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "transformers.trainer", "transformers_aurea.convert_aurea_weights_to_hf"])
