@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 import json
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +115,39 @@ def run_without_package(script: str, folder: Path, *arguments) -> None:
     command = [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def some(cases, are_enough) -> list:
+    """Cases for `parametrize`, of which those that tell nothing that others do not are left to `pytest -m slow`."""
+    return [pytest.param(*case, marks=() if are_enough(*case) else pytest.mark.slow) for case in cases]
+
+
+# Forks of a process that has done nothing but import what takes ten seconds: as good as new ones.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "transformers.trainer", "transformers_aurea.convert_aurea_weights_to_hf"])
+
+
+def become(environment: dict[str, str], output: list[Path], folder: Path, function, *arguments) -> None:
+    """In a process of `FORKS`: calls a function in a folder; standard output and error are added to two files.
+
+    An error ends the process as it would a script.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    for number, file in enumerate(output, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    try:
+        function(*arguments)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+
+
+def run_script(path: str | Path, arguments: list[str]) -> None:
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.fixture(scope="session")

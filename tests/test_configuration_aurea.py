@@ -209,6 +209,63 @@ class TestOverridesOfFromPretrained:
             AureaForConditionalGeneration.from_pretrained(folder, fusion_config={"radius": 2})
 
 
+class TestUnknownNames:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (
+                {"feature_fusion_config": {"radus": 2}},
+                "'radus' is no argument of AureaFusionConfig; did you .*'radius'",
+            ),
+            (
+                {"feature_fusion_config": {"fusion_type": "concat", "wholly_unlike": 2}},
+                "'wholly_unlike' is no argument of AureaFusionConfig; there are depth, encoder, fusion_type,",
+            ),
+            (
+                {"composition_config": {"mapping_typ": "mlp"}},
+                "'mapping_typ' is no argument of AureaCompositionConfig; did you mean 'mapping_type'",
+            ),
+        ],
+    )
+    def test_of_fusion_and_composition_are_refused_with_what_is_near(self, tmp_path, settings, message):
+        with pytest.raises(ValueError, match=message):
+            AureaConfig(**settings)
+        tiny_config().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            AureaConfig.from_pretrained(tmp_path, **settings)
+
+    def test_what_a_folder_has_of_them_is_left_out_when_it_is_loaded(self, tmp_path, caplog):
+        tiny_config(composition_config={"num_composition_layers": 1, "num_attention_heads": 2}).save_pretrained(
+            tmp_path
+        )
+        written = json.loads((tmp_path / "config.json").read_text())
+        written["feature_fusion_config"]["radus"] = 2
+        written["composition_config"]["num_layers"] = 2
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        for config in (AutoConfig.from_pretrained(tmp_path), AureaConfig.from_pretrained(tmp_path, image_token_id=3)):
+            assert "radus" not in vars(config.feature_fusion_config)
+            assert "num_layers" not in vars(config.composition_config)
+            assert config.feature_fusion_config.radius == 1 and config.composition_config.num_composition_layers == 1
+        assert "Nothing reads ['radus'] of `feature_fusion_config`" in caplog.text
+        changed = AureaConfig.from_pretrained(tmp_path, composition_config=None, feature_fusion_config={"radius": 2})
+        assert changed.composition_config is None and changed.feature_fusion_config.radius == 2
+
+    def test_of_the_whole_stay_and_are_warned_about_if_they_are_near_to_one(self, tmp_path, caplog):
+        """transformers keeps what it does not know, and so do folders."""
+        extra = {
+            "conector_type": "prefix",
+            "use_cache": True,
+            "notes": "mine",
+            "image_size": 4,
+            "torch_dtype": "float32",
+        }
+        tiny_config(**extra).save_pretrained(tmp_path)
+        messages = [record.getMessage() for record in caplog.records if "Nothing reads" in record.getMessage()]
+        assert messages == ["Nothing reads 'conector_type' of this configuration: did you mean 'connector_type'?"]
+        again = AutoConfig.from_pretrained(tmp_path)
+        assert (again.conector_type, again.notes, again.connector_type) == ("prefix", "mine", "cross_attention")
+
+
 def test_a_model_is_not_built_of_a_configuration_that_was_changed_for_the_worse():
     config = tiny_config()
     config.feature_fusion_config.radius = 4

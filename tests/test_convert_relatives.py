@@ -302,7 +302,7 @@ pixels = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)(expe
 """
 
 
-@pytest.mark.parametrize("converted", ["paligemma2", "llava"], indirect=True)
+@pytest.mark.parametrize("converted", ["paligemma2", pytest.param("llava", marks=pytest.mark.slow)], indirect=True)
 def test_it_loads_without_the_package(converted, tmp_path):
     model, _, _, _, folder = converted
     theirs, _ = both(converted, [TEXTS[0]], [PICTURES[0]])
@@ -477,7 +477,7 @@ def test_names_of_older_checkpoints_are_known(tmp_path):
 
 
 class TestVerify:
-    @pytest.mark.parametrize("make", [make_paligemma, make_llava])
+    @pytest.mark.parametrize("make", [make_paligemma, pytest.param(make_llava, marks=pytest.mark.slow)])
     def test_it_compares_weights_logits_and_processors(self, tmp_path, make, capfd):
         make(tmp_path / "original")
         convert(tmp_path, "--verify")

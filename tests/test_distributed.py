@@ -4,26 +4,35 @@ launch configurations in examples/accelerate.
 
 Each training here is compared with one process that gets the same four rows a step. The sums are the same numbers
 added in another order, so float32 results differ by some 1e-7 of their size; ten to a hundred times that is allowed.
-A function that runs in two processes is `worker_...`; this file is their script.
+A function that runs in two processes is `worker_...`.
 """
 
 import json
 import os
-import runpy
-import signal
 import socket
-import subprocess
 import sys
+import tempfile
+import time
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from conftest import FIXTURES, IMAGE_TOKEN_ID, random_pixels, tiny_config, tiny_model
+from conftest import (
+    FIXTURES,
+    FORKS,
+    IMAGE_TOKEN_ID,
+    become,
+    random_pixels,
+    run_script,
+    tiny_config,
+    tiny_model,
+)
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,15 +59,13 @@ LEARNING_RATE = 0.05
 def launch(target: str | Path, *arguments, timeout: float = 100) -> None:
     """Runs a worker of this file or a script in processes that find each other.
 
-    One process imports everything and then becomes them by forking. A failure in one is a failure here with the output
-    of all, and so is a hang.
+    A failure in one is a failure here with the output of all, and so is a hang.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
         "MASTER_ADDR": "127.0.0.1",
@@ -66,20 +73,29 @@ def launch(target: str | Path, *arguments, timeout: float = 100) -> None:
         "WORLD_SIZE": str(NUM_PROCESSES),
         "LOCAL_WORLD_SIZE": str(NUM_PROCESSES),
     }
-    process = subprocess.Popen(
-        [sys.executable, *map(str, (__file__, target, *arguments))],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{target} did not end in {timeout} s\n{process.communicate()[0]}")
-    assert process.returncode == 0, output
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "output")
+        output.touch()
+        processes = []
+        for rank in map(str, range(NUM_PROCESSES)):
+            own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+            call = (run_process, str(target), [str(argument) for argument in arguments])
+            processes.append(FORKS.Process(target=become, args=(own, [output, output], Path.cwd(), *call)))
+        for process in processes:
+            process.start()
+        left, end = {process.sentinel for process in processes}, time.monotonic() + timeout
+        while left and not has_failed(processes) and time.monotonic() < end:
+            left -= {*wait(left, end - time.monotonic())}
+        failed = has_failed(processes)
+        for process in processes:
+            process.kill()  # those that wait for one that failed
+            process.join()
+        assert not failed, output.read_text()
+        assert not left, f"{target} did not end in {timeout} s\n{output.read_text()}"
+
+
+def has_failed(processes: list) -> bool:
+    return any(process.exitcode for process in processes)
 
 
 def launch_worker(name: str, folder: Path) -> dict:
@@ -88,17 +104,11 @@ def launch_worker(name: str, folder: Path) -> dict:
     return torch.load(folder / f"{name}.pt", weights_only=False)
 
 
-def run_process(rank: int, target: str, arguments: list[str]):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+def run_process(target: str, arguments: list[str]):
     if target in globals():
         globals()[target](*map(Path, arguments))
     else:
         run_script(target, arguments)
-
-
-def run_script(path: str | Path, arguments: list[str]):
-    sys.argv = [str(path), *arguments]
-    runpy.run_path(str(path), run_name="__main__")
 
 
 def row(index: int, num_images: int, placeholders_per_image: int = 1) -> dict:
@@ -751,7 +761,3 @@ class TestLaunchConfigurations:
         layers = model.model.language_model.get_submodule({"gpt2": "h"}.get(decoder, "layers"))
         expected = {type(layers[0]).__name__, "SiglipEncoderLayer", "Dinov2WithRegistersLayer"}
         assert expected | ({"AureaSpatialRangeAttention"} & names) <= model._no_split_modules
-
-
-if __name__ == "__main__":
-    multiprocessing.start_processes(run_process, (sys.argv[1], sys.argv[2:]), NUM_PROCESSES, start_method="fork")

@@ -191,6 +191,16 @@ class TestPromises:
         with pytest.raises(error, match=rf"'eight' \(EightTokens\) .*{match}"):
             eight_model()
 
+    @pytest.mark.parametrize(
+        "declared", ["num_tokens, output_dim = 8, 20", "output_dim, num_tokens = 20, property(lambda self: 8)"]
+    )
+    def test_what_the_class_declares_need_not_be_set(self, write, declared):
+        text = OWN_FUSION.replace("        self.num_tokens, self.output_dim = 8, 20\n", "")
+        write(text.replace("(AureaFusion):", f"(AureaFusion):\n    {declared}\n"))
+        model = eight_model("prefix")
+        assert model.model.connector.placeholders_per_image == 8
+        assert logits_of(model, two_pictures(model)).isfinite().all()
+
     def test_without_layers_too_what_init_leaves_out_is_named(self, write):
         text = OWN_FUSION.replace("        super().__init__(config)\n", "")
         write("\n".join(line for line in text.split("\n") if "self.proj = " not in line))
@@ -203,10 +213,12 @@ class TestPromises:
             eight_model()
 
     def test_what_a_fusion_raises_itself_is_the_cause(self, write):
-        write(OWN_FUSION.replace("self.num_tokens, self.output_dim = 8, 20", "raise RuntimeError('of its own')"))
-        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) cannot be built: of its own") as caught:
+        write(OWN_FUSION.replace("self.num_tokens, self.output_dim = 8, 20", "raise RuntimeError('of its own.')"))
+        with pytest.raises(
+            RuntimeError, match=r"\(EightTokens\) cannot be built: of its own\. Its `__init__`"
+        ) as caught:
             eight_model()
-        assert caught.value.__cause__.args == ("of its own",)
+        assert caught.value.__cause__.args == ("of its own.",)
 
     def test_tokens_that_are_no_floats_are_named(self, write):
         text = OWN_FUSION.replace("return self.proj(", "tokens = self.proj(")
@@ -314,6 +326,17 @@ class TestDeclarations:
             **parts, text=text, image_token_id=IMAGE_TOKEN_ID, **settings
         )
         assert (model.model.fusion.latents == 0.25).all() and model.model.fusion.num_tokens == 3
+
+    def test_its_settings_go_when_another_takes_its_place(self, settings, tmp_path, caplog):
+        tiny_config(**settings).save_pretrained(tmp_path / "saved")
+        assert AureaConfig.from_pretrained(tmp_path / "saved").feature_fusion_config.num_latents == 3
+        config = AureaConfig.from_pretrained(tmp_path / "saved", feature_fusion_config={"fusion_type": "concat"})
+        assert "num_latents" not in vars(config.feature_fusion_config)
+        assert "Nothing reads ['num_latents']" in caplog.text
+        with pytest.raises(ValueError, match="'num_latents' is no argument of AureaFusionConfig"):
+            AureaConfig.from_pretrained(
+                tmp_path / "saved", feature_fusion_config={"fusion_type": "concat", "num_latents": 2}
+            )
 
 
 class TestSavedFiles:

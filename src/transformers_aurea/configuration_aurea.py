@@ -10,6 +10,9 @@ import copy
 import math
 import os
 import warnings
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,12 +21,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
 
 from .fusion_aurea import FORMER_FUSIONS, FUSIONS, AureaFusion
 from .fusion_promises_aurea import make_fusion
 from .name_tables_aurea import enter_name_tables
 from .own_fusion_aurea import check_own_fusion, is_own_fusion, is_remote_code, load_own_fusion, save_own_fusion
 
+
+logger = logging.get_logger(__name__)
 
 # `long_factor` of microsoft/Phi-4-mini-instruct. Aurea was trained with it at every length, hence it stands for the
 # short one as well.
@@ -128,7 +134,8 @@ class AureaView(NamedTuple):
 @strict
 class AureaFusionConfig(PreTrainedConfig):
     r"""
-    Settings of the fusion of the two feature maps. A fusion of your own may have others beside these.
+    Settings of the fusion of the two feature maps. A fusion of your own may have others beside these; of those of the
+    package, others are refused.
 
     Args:
         fusion_type (`str`, *optional*, defaults to `"spatial_range"`):
@@ -174,6 +181,11 @@ class AureaFusionConfig(PreTrainedConfig):
     encoder: Literal["vision", "spatial_vision"] = "vision"
     norm_features: bool = True
     project_output: bool = True
+
+    def __post_init__(self, **kwargs):
+        if not _may_have_others(self.fusion_type):
+            check_names(kwargs, type(self))
+        super().__post_init__(**kwargs)
 
     @property
     def fusion_class(self) -> type[AureaFusion]:
@@ -242,6 +254,10 @@ class AureaCompositionConfig(PreTrainedConfig):
     num_composition_layers: int = 4
     num_attention_heads: int = 8
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        check_names(kwargs, type(self))
+        super().__post_init__(**kwargs)
 
     def validate_architecture(self):
         super().validate_architecture()
@@ -405,6 +421,9 @@ class AureaConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(_AUTO_MAP))
         kwargs = _rename_fusion({"feature_fusion_config": self.feature_fusion_config, **kwargs})
         self.feature_fusion_config = kwargs.pop("feature_fusion_config")
+        for name in kwargs:  # transformers keeps them all, which saved folders may hold
+            if close := get_close_matches(name, _arguments(type(self)), n=1, cutoff=0.85):
+                logger.warning_once(f"Nothing reads '{name}' of this configuration: did you mean '{close[0]}'?")
         super().__post_init__(**kwargs)
         text_config = self.text_config
         if text_config.get_text_config() is not text_config:
@@ -498,11 +517,12 @@ class AureaConfig(PreTrainedConfig):
         check_own_fusion(config_dict)
         config_dict, kwargs = _rename_fusion(config_dict, quietly=True), _rename_fusion(kwargs)
         # What others hang on is changed before they are made of it.
-        for name in ("feature_fusion_config", "composition_config"):
-            if isinstance(settings := kwargs.get(name), dict):
-                settings = (config_dict.get(name) or {}) | settings
-            if name in kwargs:
-                del kwargs[name]
+        for config_class in (AureaFusionConfig, AureaCompositionConfig):
+            name = config_class.base_config_key
+            saved, is_given, settings = config_dict.get(name), name in kwargs, kwargs.pop(name, {})
+            if isinstance(settings, dict):
+                settings = _merge(saved or {}, settings, config_class)
+            if is_given or isinstance(saved, dict):
                 config_dict = {**config_dict, name: settings}
         loaded = super().from_dict(config_dict, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -751,9 +771,10 @@ class AureaConfig(PreTrainedConfig):
                 )
         for name, depth in zip(self.encoder_configs, self.composition_positions[-1]):
             if settings.num_composition_layers > depth:
+                remedy = f"Set it to {depth} or less" if depth else "Let `vision_feature_layer` name a later one"
                 raise ValueError(
                     f"`composition_config.num_composition_layers` ({settings.num_composition_layers}) must not be "
-                    f"more than the layers of `{name}` whose features are read ({depth})."
+                    f"more than the layers of `{name}` whose features are read ({depth}). {remedy}."
                 )
         dim, heads = self.vision_config.hidden_size, settings.num_attention_heads
         if dim % heads:
@@ -828,6 +849,48 @@ def _rename_fusion(settings: dict, quietly: bool = False) -> dict:
     settings = {**settings, "feature_fusion_config": fusion}
     del settings["fusion_config"]
     return settings
+
+
+def _arguments(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Those of its own, which transformers has not for every configuration."""
+    return {field.name for field in fields(config_class)} - {field.name for field in fields(PreTrainedConfig)}
+
+
+def unknown_names(names: Iterable[str], config_class: type[PreTrainedConfig]) -> list[str]:
+    """Names among the settings of a configuration that neither it nor transformers reads."""
+    known = dir(config_class)  # fields, and what else every configuration has
+    return [name for name in names if name not in known and not name.startswith("_")]
+
+
+def check_names(names: Iterable[str], config_class: type[PreTrainedConfig]) -> None:
+    """ValueError if one of the names is no argument of a configuration, which transformers would keep unread."""
+    arguments = sorted(_arguments(config_class))
+    for name in unknown_names(names, config_class):
+        close = get_close_matches(name, arguments, n=1)
+        raise ValueError(
+            f"'{name}' is no argument of {config_class.__name__}"
+            + (f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(arguments)}.")
+        )
+
+
+def _may_have_others(fusion_type: str) -> bool:
+    """Whether a fusion's settings are its own affair: it is none of ours, or none that is known."""
+    return fusion_type not in FUSIONS or is_own_fusion(FUSIONS[fusion_type])
+
+
+def _merge(saved: dict, given: dict, config_class: type[PreTrainedConfig]) -> dict:
+    """Settings of a folder, and what the caller changes of them.
+
+    Names that nothing reads are left out of the folder's, lest it cannot be loaded: earlier versions took any, and
+    a fusion of one's own may have others than the one that takes its place.
+    """
+    settings = saved | given
+    if config_class is AureaFusionConfig and _may_have_others(settings.get("fusion_type", config_class.fusion_type)):
+        return settings
+    strays = [name for name in unknown_names(saved, config_class) if name not in given]
+    if strays:
+        logger.warning_once(f"Nothing reads {strays} of `{config_class.base_config_key}`: left out.")
+    return {name: value for name, value in settings.items() if name not in strays}
 
 
 def optional_field(config: PreTrainedConfig, name: str):

@@ -70,7 +70,7 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
 
 
 class AureaFusion(nn.Module):
-    """What every fusion is. A subclass makes its layers from the [`AureaConfig`] alone, in `__init__`, sets there
+    """What every fusion is. A subclass makes its layers from the [`AureaConfig`] alone, in `__init__`, sets (or has)
 
         output_dim (`int`): channels of its tokens, and
         num_tokens (`int`): tokens that it makes of a picture; by default one for each of the first encoder's,
@@ -94,13 +94,13 @@ class AureaFusion(nn.Module):
     kept_in_fp32: tuple[str, ...] = ()
     not_quantized: tuple[str, ...] = ()
     no_split: tuple[str, ...] = ()
-
-    output_dim: int
-    num_tokens: int
+    output_dim: int | None = None
+    num_tokens: int | None = None
 
     def __init__(self, config):
         super().__init__()
-        self.num_tokens = math.prod(config.feature_shapes[0])
+        if self.num_tokens is None:
+            self.num_tokens = math.prod(config.feature_shapes[0])
 
     @classmethod
     def encoders(cls, config) -> tuple[str, ...]:

@@ -25,11 +25,12 @@ def make_fusion(config) -> AureaFusion:
         raise
     except (AttributeError, RuntimeError, TypeError) as error:
         raise RuntimeError(
-            f"{named} cannot be built: {error}. Its `__init__` calls `super().__init__(config)` first, and runs on "
-            "the meta device too, where tensors have no values: what is computed of them belongs in `init_weights`."
+            f"{named} cannot be built: {str(error).rstrip('.')}. Its `__init__` calls `super().__init__(config)` "
+            "first, and runs on the meta device too, where tensors have no values: what is computed of them belongs "
+            "in `init_weights`."
         ) from error
     for name, what in (("output_dim", "the channels of its tokens"), ("num_tokens", "its tokens of a picture")):
-        value = getattr(fusion, name, None)
+        value = getattr(fusion, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(
                 f"{named} must set `{name}`, {what}, to an int from 1 on in its `__init__`; it is {value!r}."

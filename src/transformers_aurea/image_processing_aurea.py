@@ -1,10 +1,10 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""A picture → the two views of `pixel_values`, one per vision encoder.
+"""A picture → the views of `pixel_values`, one per vision encoder: two, or one of a model with one encoder.
 
     picture ─ RGB on white ─┬─ resize to `size` ──────────────────────────── normalise ─ view 0, semantic (SigLIP2)
                             └─ resize to `spatial_size` ─ centre crop ────── normalise ─ view 1, spatial (DINOv2)
 
-Both views lie in one tensor `(num_images, 2, 3, height, width)`. Where they differ in size, each is padded with zeros
+All lie in one tensor `(num_images, num_views, 3, height, width)`. Where two differ in size, each is padded with zeros
 at the bottom and on the right to the larger; the model knows from its configuration what to cut out. Settings of view
 0 bear the usual names, those of view 1 the same with `spatial_` in front; the `do_*` switches and `rescale_factor`
 hold for both. Pixels are resized as 8-bit numbers by torch's own antialiased kernel, which meets the published pixels
@@ -95,7 +95,7 @@ class AureaImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class AureaImageProcessor(PilBackend):
-    r"""Turns pictures into `pixel_values` of shape `(num_images, views, 3, height, width)`, float32.
+    r"""Turns pictures into `pixel_values` of shape `(num_images, num_views, 3, height, width)`, float32.
 
     Pictures are PIL images, NumPy arrays or tensors (channels first or last; 8-bit, 16-bit, or floats in 0…1 or
     0…255), paths, URLs, base64 strings, bytes, binary files, or what `datasets.Image(decode=False)` yields, one or

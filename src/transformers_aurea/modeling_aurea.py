@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Aurea: two vision encoders, one fusion, and a decoder that reads the result through cross-attention.
 
-    pixel_values (images, 2, 3, H, W)
+    pixel_values (images, views, 3, H, W)
       ├─ view 0 ─ vision_model          (images, N, C₀)  semantics, SigLIP2 ─────┐
       └─ view 1 ─ spatial_vision_model  (images, N, C₁)  spatial detail, DINOv2 ─┴─ fusion  (images, N, 2·C₁)
                                                                                       │

@@ -12,9 +12,6 @@ model with a vision tower among other things (SigLIP, CLIP, a classifier) the to
 
 import copy
 import os
-from collections.abc import Iterable
-from dataclasses import fields
-from difflib import get_close_matches
 
 import torch
 from torch import nn
@@ -33,9 +30,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .composition_aurea import AureaCompositionLayer
-from .configuration_aurea import AureaCompositionConfig, AureaConfig, AureaFusionConfig
+from .configuration_aurea import AureaCompositionConfig, AureaConfig, AureaFusionConfig, check_names
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
-from .fusion_aurea import FUSIONS
 from .fusion_promises_aurea import make_fusion
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
 from .own_fusion_aurea import is_own_fusion
@@ -91,29 +87,12 @@ def check_overrides(config_overrides: dict) -> None:
     own = {"vision_config", "spatial_vision_config", "text_config"}
     if given := sorted(own & config_overrides.keys()):
         raise ValueError(f"{given} come from the parts. Change a part's configuration, and give the part loaded.")
-    _check_names((name for name in config_overrides if name != "fusion_config"), AureaConfig, own)
+    check_names((name for name in config_overrides if name != "fusion_config"), AureaConfig)
     for name in ("feature_fusion_config", "fusion_config"):  # the latter until version 0.1
-        fusion = config_overrides.get(name)
-        if isinstance(fusion, dict) and not _has_settings_of_its_own(fusion):
-            _check_names(fusion, AureaFusionConfig)
-    if isinstance(composition := config_overrides.get("composition_config"), dict):
-        _check_names(composition, AureaCompositionConfig)
-
-
-def _has_settings_of_its_own(fusion: dict) -> bool:
-    fusion_class = FUSIONS.get(fusion.get("fusion_type"))
-    return fusion_class is not None and is_own_fusion(fusion_class)
-
-
-def _check_names(settings: Iterable[str], config_class: type[PreTrainedConfig], excluded: Iterable[str] = ()):
-    known = sorted({field.name for field in fields(config_class)} - {*excluded})
-    for name in settings:
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"'{name}' is no argument of {config_class.__name__}"
-                + (f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(known)}.")
-            )
+        if isinstance(settings := config_overrides.get(name), dict):
+            AureaFusionConfig(**settings)
+    if isinstance(settings := config_overrides.get("composition_config"), dict):
+        AureaCompositionConfig(**settings)
 
 
 def _config(part: Part, name: str) -> PreTrainedConfig:
