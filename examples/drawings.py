@@ -51,6 +51,7 @@ QUESTIONS = {
     "smaller": ("Is the {} smaller than the {}?",),
     "describe": ("Describe the image.", "Describe the picture.", "What is in the image?"),
 }
+NOUNS = ("{0} object", "{1}", "{0} {1}")  # of a color and a shape
 KINDS = ("color", "shape", "count", "existence", "left_right", "above_below", "size", "describe")
 
 
@@ -272,7 +273,7 @@ def ask_count(dice: Random, objects: list[Drawn]) -> tuple[str, str]:
 
 def ask_existence(dice: Random, objects: list[Drawn]) -> tuple[str, str]:
     """Is there a circle, a red object, a red circle? Half of the missing ones have a color or shape that is there."""
-    answer, form = dice.choice(("yes", "no")), dice.choice(("{0} object", "{1}", "{0} {1}"))
+    answer, form = dice.choice(("yes", "no")), dice.choice(NOUNS)
     there = sorted({form.format(drawn.color, drawn.shape) for drawn in objects})
     near = {form.format(a.color, b.shape) for a in objects for b in objects}
     every = sorted({form.format(color, shape) for color in COLORS for shape in SHAPES} - set(there))

@@ -21,7 +21,7 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from drawings import COLORS, FOREIGN, GROUNDS, KINDS, SHAPES, SIZES, ask, draw, foreign_picture
+from drawings import COLORS, FOREIGN, GROUNDS, KINDS, NOUNS, SHAPES, SIZES, ask, draw, foreign_picture
 from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -106,19 +106,16 @@ def conversation_cases(n: int, seed: int) -> Iterator[Case]:
 
 def two_picture_cases(n: int, seed: int) -> Iterator[Case]:
     """`n` questions of which of two pictures holds something, the four answers equally often."""
-    everything = {*SHAPES, *(f"{color} object" for color in COLORS)}
     for index in range(n):
         dice = Random(f"{seed} two pictures {index}")
         where, answer = list(WHICH_ANSWERS.items())[index % len(WHICH_ANSWERS)]
+        form = dice.choice(NOUNS)
+        every = sorted({form.format(color, shape) for color in COLORS for shape in SHAPES})
         fitting = []
         while not fitting:
             pictures, objects = zip(any_drawing(dice), any_drawing(dice))
-            nouns = [
-                Counter(noun for o in drawn for noun in (o.shape, f"{o.color} object", f"{o.color} {o.shape}"))
-                for drawn in objects
-            ]
-            # "the" star is one star
-            fitting = [noun for noun in sorted(everything.union(*nouns)) if (nouns[0][noun], nouns[1][noun]) == where]
+            first, second = (Counter(form.format(o.color, o.shape) for o in drawn) for drawn in objects)
+            fitting = [noun for noun in every if (first[noun], second[noun]) == where]  # "the" star is one star
         yield Case("two pictures", "which", [(pictures, WHICH_PICTURE.format(dice.choice(fitting)))], (answer,))
 
 
