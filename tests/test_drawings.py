@@ -169,10 +169,7 @@ def test_questions_are_worded_as_those_of_scenes(some):
         return {re.sub(rf"\b(?:an?|{nouns})\b ?(?=.*\?)", "", question) for question in questions}
 
     known = without_nouns(question for seed in range(150) for _, question, _ in make_scene(seed)[1])
-    assert without_nouns(question for drawing in some for question, _ in drawing.asked.values()) == known - {
-        "What size is the ?",
-        "What is the size of the ?",
-    }
+    assert without_nouns(question for drawing in some for question, _ in drawing.asked.values()) <= known
 
 
 @pytest.fixture(scope="module")
@@ -203,22 +200,24 @@ def test_no_answer_is_common(many):
         assert 0.44 <= answers[kind]["yes"] / answers[kind].total() <= 0.56, kind
 
 
-def cases_digest(seed: int) -> str:
-    digest = hashlib.sha256()
+def digests(seed: int) -> list[str]:
+    found = []
     for name in ("plain_cases", "conversation_cases", "two_picture_cases", "sensible_cases"):
+        digest = hashlib.sha256()
         for row, kind, turns, accepted in getattr(evaluation, name)(2, seed):
             asked = [([hashlib.sha256(p.tobytes()).hexdigest() for p in shown], question) for shown, question in turns]
             digest.update(repr((row, kind, asked, accepted)).encode())
-    return digest.hexdigest()
+        found.append(digest.hexdigest())
+    return found
 
 
 def test_a_seed_fixes_everything():
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    program += "from test_drawings import cases_digest; print(cases_digest(0))"
+    program += "from test_drawings import digests; print(digests(0))"
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.stdout == f"{cases_digest(0)}\n", result.stderr
-    assert cases_digest(1) != cases_digest(0)
+    assert result.stdout == f"{digests(0)}\n", result.stderr
+    assert len({*digests(0), *digests(1)}) == 8
 
 
 def test_two_pictures_hold_what_the_answer_says():
@@ -229,8 +228,9 @@ def test_two_pictures_hold_what_the_answer_says():
         ((pictures, question),) = case.turns
         if noun := re.fullmatch(r"In which picture is the (\w+) object\?", question):
             found = [Counter(piece.color for piece in pieces(p, p.getpixel((0, 0))))[noun[1]] for p in pictures]
-            assert (evaluation.WHICH_ANSWERS[tuple(found)],) == case.accepted, question
-            checked[case.accepted] += 1
+            (word,) = re.findall("first|second|both|neither", case.accepted[0])
+            assert found == {"first": [1, 0], "second": [0, 1], "both": [1, 1], "neither": [0, 0]}[word], question
+            checked[word] += 1
     assert len(checked) == 4 and min(checked.values()) >= 4, checked
 
 
@@ -245,8 +245,15 @@ def test_second_questions_show_what_their_row_says():
 
 def test_each_answer_goes_to_its_own_conversation(monkeypatch):
     picture = Image.new("RGB", (9, 9))
-    ask = [([picture], "first?"), ([], "second?")]
-    turns = [ask[:1], ask, [([], "none?")], [([picture] * 2, "both?")], [ask[0], ([picture], "again?")], ask[:1]]
+    one, again, two = [picture], ([picture], "again?"), [picture, picture]
+    turns = [
+        [(one, "a?")],
+        [(one, "b?"), ([], "c?")],
+        [([], "d?")],
+        [(two, "e?")],
+        [(one, "f?"), again],
+        [(one, "g?")],
+    ]
     cases = [evaluation.Case("row", "kind", turn) for turn in turns]
     sizes = []
 
@@ -256,7 +263,7 @@ def test_each_answer_goes_to_its_own_conversation(monkeypatch):
 
     monkeypatch.setattr(evaluation, "generate", echo)
     assert [text for text, _ in evaluation.answers(None, None, cases, batch_size=3)] == [
-        *("I first?", "I first? I first? second?", "none?", "I I both?", "I first? I first? I again?", "I first?"),
+        *("I a?", "I b? I b? c?", "d?", "I I e?", "I f? I f? I again?", "I g?"),
     ]
     assert sizes == [1, 3, 1, 1, 1, 1]
 
@@ -289,7 +296,7 @@ def test_foreign_pictures_differ_and_blank_ones_are_blank():
         for what in drawings.FOREIGN:
             picture, other = (drawings.foreign_picture(Random(seed), what, size) for seed in (1, 2))
             assert picture.size == size and picture.mode == "RGB" and picture.tobytes() != other.tobytes()
-            assert len(picture.getcolors(size[0] * size[1])) >= 2
+            assert (len(picture.getcolors(size[0] * size[1])) == 2) == (what == "chequerboard")
     cases = list(evaluation.sensible_cases(8, 0))
     blank = [case.turns[0][0][0] for case in cases if case.row == "blank picture"]
     assert len({(picture.size, picture.tobytes()) for picture in blank}) == 36
