@@ -236,7 +236,7 @@ def test_answers_of_conversations_are_right():
 
     for kind in ("follow_up", "again", "newer"):
         for index, row in enumerate(rows_of(kind, 60)):
-            seed, most = 2 * index, 3 if kind == "newer" else 5
+            seed, most = 2 * index, 2 if kind == "newer" else 5
             objects = [objects_of(row["images"][0], seed, most)]
             if kind == "newer":
                 objects.append(objects_of(row["images"][1], seed + 2**40, most))
@@ -250,7 +250,7 @@ def test_answers_of_conversations_are_right():
                     assert answer_of(objects[seen - 1], question) == answer, (kind, seed, question)
     counts = Counter()
     for index, row in enumerate(rows_of("pair", 150)):
-        two = [objects_of(p, 2 * index + number * 2**40, 3) for number, p in enumerate(row["images"])]
+        two = [objects_of(p, 2 * index + number * 2**40, 2) for number, p in enumerate(row["images"])]
         for question, answer, _ in texts_of(row):
             counts[answer] += 1
             if found := re.search(r"(more|fewer) objects", question):

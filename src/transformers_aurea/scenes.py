@@ -51,8 +51,9 @@ from .scene_language import (
 from .scene_worlds import MAX_OBJECTS, WORLDS, Scene
 
 
-# Up to so many objects in each of two pictures in a conversation.
-MAX_OBJECTS_OF_TWO = 3
+# Up to so many objects in each of two pictures in a conversation: to the words after both, their visual tokens look
+# alike, and which is the first can be told only by what the words before the second have kept of it.
+MAX_OBJECTS_OF_TWO = 2
 
 # The dice of a seed: 0 makes the picture of the textured world, each kind has its own.
 _STREAMS = {
@@ -298,7 +299,8 @@ def _pair(scenes: _Scenes, dice: Random) -> tuple[list[Image.Image], list[Turn]]
     two = scenes.two()
     asked = [ask_which(dice, *(scene.objects for scene in two), scenes.speech) for _ in range(3)]
     turns = [Turn(*(_rename(text, scenes.recolor) for text in pair)) for pair in dict(asked).items()]
-    turns[0] = turns[0]._replace(images=2, shown_last=dice.random() < 2 * _SHOWN_LAST_SHARE)
+    # A question before the pictures is easier: its words, and those of the first picture, see that one alone.
+    turns[0] = turns[0]._replace(images=2, shown_last=dice.random() < 0.5)
     return [scene.picture for scene in two], turns
 
 
