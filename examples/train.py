@@ -39,7 +39,7 @@ from transformers_aurea import AureaConfig, AureaForConditionalGeneration, Aurea
 from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows, with_lengths
 from transformers_aurea.parts_aurea import check_overrides
-from transformers_aurea.scenes import SceneDataset, scene_questions, test_seeds, train_seeds
+from transformers_aurea.scenes import MAX_OBJECTS, WORLDS, SceneDataset, scene_questions, test_seeds, train_seeds
 from transformers_aurea.training_aurea import (
     GROUP_MODULES,
     LORA_TARGETS,
@@ -121,7 +121,8 @@ class DataArguments:
         default="[]",
         metadata={
             "help": 'Of the scene world, JSON: [[0.1, 1], [0.3, 2, {"color": 4}]], one object in the first tenth, '
-            "then up to two, and only questions of these kinds, until 30 %."
+            "then up to two, and only questions of these kinds, until 30 %. A fourth entry mixes other rows among "
+            'them, by shares: {"textured": 0.6, "open": 0.3, "follow_up": 0.1}; see `SceneDataset`.'
         },
     )
     questions_per_kind: str = field(default="1", metadata={"help": "A number, or JSON: {kind: number}."})
@@ -276,7 +277,19 @@ def load_eval_rows(args: DataArguments):
         return load_rows(args.eval_dataset, args)
     if args.dataset != "scenes":
         return None
-    return scene_questions(test_seeds(args.eval_scenes), recolor=parse_json("recolor", args.recolor))
+    seeds, recolor = test_seeds(args.eval_scenes), parse_json("recolor", args.recolor)
+    rows = scene_questions(seeds, recolor=recolor)
+    mixed = {
+        name for stage in parse_json("curriculum", args.curriculum) for name in (stage[3] if len(stage) == 4 else ())
+    }
+    for name in sorted(mixed - {"textured"}):
+        if name in WORLDS:
+            rows[name] = [
+                row for questions in scene_questions(seeds, recolor=recolor, world=name).values() for row in questions
+            ]
+        else:
+            rows[name] = SceneDataset(seeds, curriculum=[[1, MAX_OBJECTS, {}, {name: 1}]], recolor=recolor)
+    return rows
 
 
 def most_likely_tokens(logits, labels) -> torch.Tensor:

@@ -758,6 +758,27 @@ def test_independent_turns_see_the_pictures_and_not_each_other(golden_model, gol
     assert not torch.allclose(second, blind, atol=1e-3)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_that_is_one_conversation_stays_one_among_independent_turns(
+    golden_model, golden_processor, implementation
+):
+    """It may show a picture later on, too, and its answers see what was said before."""
+    golden_model.set_attn_implementation(implementation)
+    later = [user("Hello"), assistant("Hi"), user(IMAGE, "What?"), assistant("A cat.")]
+    talk = {"messages": later, "images": [picture(2)], "independent_turns": False}
+    batch = AureaDataCollator(golden_processor, independent_turns=True)([QUIZ, talk])
+    alone = AureaDataCollator(golden_processor)([talk])
+    length = alone["input_ids"].shape[1]
+    for name in ("input_ids", "labels"):
+        assert batch[name][1, :length].equal(alone[name][0])
+    assert batch["position_ids"][1, :length].tolist() == [*range(length)]
+    assert (batch["position_ids"][0] == 0).sum() > 1
+    with torch.no_grad():
+        packed = golden_model(**batch, use_cache=False).logits[1, :length]
+        expected = golden_model(**alone).logits[0]
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_independent_turns_show_their_pictures_first(processor):
     late = [user("Hello"), assistant("Hi"), user(IMAGE, "What?"), assistant("A cat.")]
     with pytest.raises(ValueError, match=r"late: turn 2 shows a picture: .* before the first answer"):

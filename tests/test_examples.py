@@ -475,6 +475,15 @@ def test_exact_match_does_not_count_rows_without_labels():
     assert exact_match(EvalPrediction(predictions[1:2], labels[1:2]), compute_result=True) == {"exact_match": 0.0}
 
 
+def test_each_kind_of_row_that_a_curriculum_mixes_is_evaluated():
+    train = runpy.run_path(str(EXAMPLES / "train.py"))
+    curriculum = '[[0.5, 1], [1, 5, {"color": 1}, {"textured": 0.4, "open": 0.3, "pair": 0.3}]]'
+    rows = train["load_eval_rows"](train["DataArguments"](dataset="scenes", eval_scenes=3, curriculum=curriculum))
+    assert {"color", "describe", "open", "pair"} <= rows.keys() and "textured" not in rows
+    assert [len(row["images"]) for row in rows["pair"]] == [2, 2, 2]
+    assert {len(row["messages"]) for row in rows["open"]} == {2} and len(rows["open"]) > 3
+
+
 def test_skipped_scenes_are_the_first_ones():
     train = runpy.run_path(str(EXAMPLES / "train.py"))
     rows = train["load_rows"]("scenes", train["DataArguments"](dataset="scenes", scenes=3, first_scene=2))

@@ -100,10 +100,13 @@ def test_questions_of_known_seeds():
 
 
 def test_another_process_makes_the_same_scenes():
-    """Also shows that the file needs numpy and Pillow only."""
+    """Also shows that these files need numpy and Pillow only."""
     program = (
-        "import runpy, sys; scenes = runpy.run_path(sys.argv[1]); image, questions = scenes['make_scene'](4321);"
-        "print(scenes['scene_digest'](image), questions, 'torch' in sys.modules)"
+        "import pathlib, sys, types; package = types.ModuleType('transformers_aurea');"
+        "sys.modules['transformers_aurea'] = package;"
+        "package.__path__ = [str(pathlib.Path(sys.argv[1]).parent)]; from transformers_aurea import scenes;"
+        "image, questions = scenes.make_scene(4321);"
+        "print(scenes.scene_digest(image), questions, 'torch' in sys.modules)"
     )
     image, questions = make_scene(4321)
     for hash_seed in ("1", "2"):

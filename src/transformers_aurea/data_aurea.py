@@ -317,7 +317,8 @@ class AureaDataCollator:
             answer gives away the next one. System messages at the front are repeated. They stand one after another
             in a packed row: batches have `position_ids`, which start anew with each, and no `attention_mask`. From
             that, transformers masks the others for eager, sdpa and flex attention, as long as no cache is used
-            (`Trainer` uses none).
+            (`Trainer` uses none). A row that itself says `independent_turns: False` stays one conversation, in which
+            each answer follows from all before it.
         pad_to_multiple_of (`int`, *optional*): the length of a batch is made a multiple of this.
 
     Raises:
@@ -393,13 +394,14 @@ class AureaDataCollator:
                 f"it has no `messages` or `conversations`, but only {sorted(row)}: use `to_chat_rows`, and "
                 f"`remove_unused_columns=False` in the arguments of the Trainer"
             )
+        independent_turns = self.independent_turns and row.get("independent_turns", True)
         row = to_chat_row(row)
         messages = row["messages"]
         self._check(messages, len(row["images"]))
         if missing := [number for number, image in enumerate(row["images"]) if image is None]:
             raise ValueError(f"picture {missing[0]} is missing: it is None")
         images = [_open_picture(image, number) for number, image in enumerate(row["images"])]
-        conversations = _separate(messages) if self.independent_turns else [messages]
+        conversations = _separate(messages) if independent_turns else [messages]
         if images and len(conversations) > 1 and self.processor.image_seq_length > 1:
             raise ValueError(
                 f"it has pictures and {len(conversations)} answers: with `independent_turns` the pictures stand "
