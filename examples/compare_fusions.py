@@ -1,13 +1,15 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
-"""Train the small model of the scene world with each fusion, connector and pair of encoders, and compare.
+"""Join small pretrained encoders by each fusion and connector, train on the scene world, and compare.
 
     python examples/compare_fusions.py --output_dir comparison --seeds 0 1 2
     python examples/compare_fusions.py --output_dir comparison --fusion_types concat none --connector_types prefix \\
         --encoders siglip+resnet resnet
 
-All runs get the same pictures and questions in the same order, scenes of one object and then of up to two, and as
-many steps; a seed fixes the first weights. Two baselines are honest: plain concatenation, and one encoder alone, so
-wide (`resnet:128`) that its model has as many parameters as those of the pair.
+As published models do, all begin with encoders that were pretrained apart, once (`pretrain_encoders.py`), and stay as
+they are, and with the embedded model's language model, which trains along with what is new: fusion, projector, blocks,
+composition. All runs get the same pictures and questions in the same order, scenes of one object and then of up to
+two, and as many steps; a seed fixes the first weights of what is new. Two baselines are honest: plain concatenation,
+and one encoder alone, so wide (`resnet:128`) that its model has as many parameters as those of the pair.
 
 `comparison.json` has, run by run, the scores on test scenes of up to two objects, and what remains of them when one
 encoder sees the mean picture; and, measured one by one at the end, on one core, what each candidate costs and how
@@ -73,6 +75,13 @@ class Candidate(NamedTuple):
         return "-".join(filter(None, (self.fusion_type, self.connector_type, self.encoders, composed)))
 
     @property
+    def new_groups(self) -> list[str]:
+        """What trains: all but the encoders."""
+        composition = ["composition"] if self.composition_type != NO_COMPOSITION else []
+        blocks = ["cross_attention"] if self.connector_type != "prefix" else []
+        return [*composition, "fusion", "projector", *blocks, "language_model"]
+
+    @property
     def options(self) -> tuple[str, ...]:
         composition = ("--composition_type", self.composition_type) if self.composition_type != NO_COMPOSITION else ()
         return (
@@ -82,10 +91,39 @@ class Candidate(NamedTuple):
         )
 
 
+def run_example(log: Path, script: str, *options):
+    """Runs an example on one core.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [str(part) for part in (sys.executable, EXAMPLES / script, *options)]
+    with open(log, "a") as file:
+        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    if done.returncode:
+        raise RuntimeError(f"{script} ended with {done.returncode}; {log} says why")
+
+
+def encoder_names(candidates: list[Candidate]) -> list[str]:
+    return sorted({name for candidate in candidates for name in candidate.encoders.split("+")})
+
+
+def pretrain(folder: Path, name: str, pictures: int):
+    """Makes an encoder's folder unless it is there, whole."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / name).is_dir():
+        half_written = folder / f"partial-{name}"
+        options = ("--output_dir", half_written, "--encoders", name, "--pictures", pictures)
+        run_example(folder / f"{name}.txt", "pretrain_encoders.py", *options)
+        (half_written / name).rename(folder / name)
+        half_written.rmdir()
+
+
 class Run(NamedTuple):
     """One training of a candidate."""
 
     folder: Path
+    encoders_dir: Path
     candidate: Candidate
     seed: int
     scenes: int
@@ -96,16 +134,7 @@ class Run(NamedTuple):
         return {**self.candidate._asdict(), "seed": self.seed, "scenes": self.scenes, "eval_scenes": self.eval_scenes}
 
     def call(self, script: str, *options):
-        """Runs an example on one core.
-
-        Raises:
-            RuntimeError: it failed.
-        """
-        command = [str(part) for part in (sys.executable, EXAMPLES / script, *options)]
-        with open(self.folder / "log.txt", "a") as log:
-            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-        if done.returncode:
-            raise RuntimeError(f"{script} ended with {done.returncode}; {self.folder / 'log.txt'} says why")
+        run_example(self.folder / "log.txt", script, *options)
 
     def train(self) -> dict:
         """The scores. What was done already, whole, is not done again."""
@@ -114,12 +143,12 @@ class Run(NamedTuple):
         scores = self.folder / f"scores-{self.eval_scenes}.json"
         if not start.is_dir():
             shutil.rmtree(half_written, ignore_errors=True)
-            options = ("--output_dir", half_written, *self.candidate.options, "--seed", self.seed)
-            self.call("make_embedded_model.py", *options)
+            options = ("--output_dir", half_written, "--encoders_dir", self.encoders_dir, "--seed", self.seed)
+            self.call("make_embedded_model.py", *self.candidate.options, *options)
             half_written.rename(start)
         self.call(
             *("train.py", "--args_file", EXAMPLES / "embedded.args"),
-            *("--model_name_or_path", start, "--output_dir", trained, "--stage", "full"),
+            *("--model_name_or_path", start, "--output_dir", trained, "--train_groups", *self.candidate.new_groups),
             *("--scenes", self.scenes, "--curriculum", CURRICULUM, "--warmup_steps", 100),
             *("--eval_strategy", "no", "--do_eval", "False"),
         )
@@ -248,7 +277,10 @@ def read_args() -> tuple[argparse.Namespace, list[Candidate]]:
     )
     parser.add_argument("--composition_types", nargs="+", default=[NO_COMPOSITION], choices=COMPOSITIONS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=6_000, help="training pictures, 8 a step (default: 6000)")
+    parser.add_argument("--scenes", type=int, default=4_800, help="training pictures, 8 a step (default: 4800)")
+    parser.add_argument(
+        "--pretraining_scenes", type=int, default=32_000, help="pictures for each encoder that is not there already"
+    )
     parser.add_argument("--eval_scenes", type=int, default=400, help="test pictures (default: 400)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each (default: 2)")
     args = parser.parse_args()
@@ -270,11 +302,15 @@ def main():
     args.output_dir.mkdir(parents=True, exist_ok=True)
     found = Comparison(args.output_dir / "comparison.json")
     sizes = {"scenes": args.scenes, "eval_scenes": args.eval_scenes}
+    encoders_dir = args.output_dir / "encoders"
     runs = [
-        Run(args.output_dir / f"{candidate.name}-{seed}-{args.scenes}", candidate, seed, **sizes)
+        Run(args.output_dir / f"{candidate.name}-{seed}-{args.scenes}", encoders_dir, candidate, seed, **sizes)
         for seed in dict.fromkeys(args.seeds)
         for candidate in candidates
     ]
+    with ThreadPoolExecutor(args.processes) as pool:
+        names = encoder_names(candidates)
+        list(pool.map(lambda name: pretrain(encoders_dir, name, args.pretraining_scenes), names))
     with ThreadPoolExecutor(args.processes) as pool:
         started = {pool.submit(run.train): run for run in runs if not found.has(run)}
         try:

@@ -8,12 +8,21 @@ Its tokenizer is a byte-level BPE that has the words of the scene world and spel
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Dinov2Model, GenerationConfig, PreTrainedTokenizerFast, SiglipVisionModel
+from torch import nn
+from transformers import AutoModel, Dinov2Model, GenerationConfig, PreTrainedTokenizerFast, SiglipVisionModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from transformers_aurea import (
+    AureaConfig,
+    AureaForConditionalGeneration,
+    AureaImageProcessor,
+    AureaProcessor,
+    embedded_model_path,
+)
 from transformers_aurea.command_line import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
@@ -72,7 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def semantic_encoder(width: int) -> dict:
+def siglip(width: int) -> dict:
     return {
         "model_type": "siglip_vision_model",
         "image_size": IMAGE_SIZE,
@@ -81,21 +90,24 @@ def semantic_encoder(width: int) -> dict:
         "intermediate_size": 4 * width,
         "num_hidden_layers": 3,
         "num_attention_heads": width // 32,
+        "vision_use_head": False,
     }
 
 
-# By name, from the width.
-SPATIAL_ENCODERS = {
-    # Learns shapes sooner than a small transformer: classifying single objects from the largest of its features,
-    # it was right in 92 % after 300 steps of 32 pictures, a DINOv2 of this width in 30 % after 400.
-    "resnet": lambda width: {
+def resnet(width: int) -> dict:
+    """Learns shapes sooner than a small transformer: classifying single objects from the largest of its features, it
+    was right in 92 % after 300 steps of 32 pictures, a DINOv2 of this width in 30 % after 400."""
+    return {
         "model_type": "resnet",
         "layer_type": "basic",
         "embedding_size": width // 2,
         "hidden_sizes": [width // 2, width],
         "depths": [1, 2],
-    },
-    "dinov2": lambda width: {
+    }
+
+
+def dinov2(width: int) -> dict:
+    return {
         "model_type": "dinov2",
         "image_size": IMAGE_SIZE,
         "patch_size": 8,
@@ -103,8 +115,18 @@ SPATIAL_ENCODERS = {
         "num_hidden_layers": 3,
         "num_attention_heads": width // 32,
         "layerscale_value": 0.3,
-    },
-}
+    }
+
+
+SPATIAL_ENCODERS = {"resnet": resnet, "dinov2": dinov2}
+
+
+def view_of(encoder: str) -> dict:
+    """How an image processor makes what an encoder sees, of its only view."""
+    view = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    if encoder in SPATIAL_ENCODERS:
+        view |= {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    return view
 
 
 def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> AureaConfig:
@@ -112,7 +134,7 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     initializer_range = 0.08
     composition = {"composition_type": args.composition_type, "num_composition_layers": 3, "num_attention_heads": 4}
     return AureaConfig(
-        vision_config=semantic_encoder(args.width),
+        vision_config=siglip(args.width),
         spatial_vision_config=SPATIAL_ENCODERS[args.spatial_vision](args.spatial_width or args.width),
         spatial_vision_image_size=IMAGE_SIZE,
         # Tokens are as wide as of two encoders even if there is one.
@@ -151,8 +173,10 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
 def make_processor(config: AureaConfig, tokenizer: PreTrainedTokenizerFast) -> AureaProcessor:
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     views = {"size": size, "spatial_size": size, "spatial_crop_size": None}
+    if len(config.encoder_configs) == 1:
+        views = view_of("resnet" if config.vision_config is None else "siglip") | {"do_spatial_view": False}
     return AureaProcessor(
-        AureaImageProcessor(**views, do_spatial_view=len(config.encoder_configs) == 2),
+        AureaImageProcessor(**views),
         tokenizer,
         chat_template=CHAT_TEMPLATE,
         image_seq_length=config.placeholders_per_image,
@@ -179,24 +203,38 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def let_patches_differ(model: AureaForConditionalGeneration):
+def let_patches_differ(encoder: nn.Module | None):
     """Transformers start with what a patch shows and where it lies, and little of what all have in common.
 
     As they start otherwise, attention hands each patch mostly the mean of all, and such an encoder was seen to end
     up with nearly the same features for every patch of every picture. From random position embeddings what is above
-    what was learned late and badly: places start as waves over the picture, as in MAE (https://arxiv.org/abs/2111.06377).
+    what was learned late and badly: places start as waves over the picture, as in MAE
+    (https://arxiv.org/abs/2111.06377).
     """
-    for encoder in (model.model.vision_model, model.model.spatial_vision_model):
-        if isinstance(encoder, SiglipVisionModel):
-            positions = encoder.embeddings.position_embedding.weight
-            for layer in encoder.encoder.layers:
-                layer.self_attn.out_proj.weight.mul_(0.3)
-                layer.mlp.fc2.weight.mul_(0.3)
-        elif isinstance(encoder, Dinov2Model):
-            positions = encoder.embeddings.position_embeddings[0, 1:]  # the first is the class token's
-        else:
-            continue
-        positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
+    if isinstance(encoder, SiglipVisionModel):
+        positions = encoder.embeddings.position_embedding.weight
+        for layer in encoder.encoder.layers:
+            layer.self_attn.out_proj.weight.mul_(0.3)
+            layer.mlp.fc2.weight.mul_(0.3)
+    elif isinstance(encoder, Dinov2Model):
+        positions = encoder.embeddings.position_embeddings[0, 1:]  # the first is the class token's
+    else:
+        return
+    positions.copy_(0.5 * grid_waves(math.isqrt(len(positions)), positions.shape[1]))
+
+
+@torch.no_grad()
+def begin_with_parts(model: AureaForConditionalGeneration, folders: dict[str, Path]):
+    """Encoders from these folders, by their names in the model, and the language model of the embedded model."""
+    parts = {name: AutoModel.from_pretrained(folder).state_dict() for name, folder in folders.items()}
+    embedded = AureaForConditionalGeneration.from_pretrained(embedded_model_path()).model.language_model.state_dict()
+    parts["language_model"] = {name: tensor for name, tensor in embedded.items() if "cross_attention" not in name}
+    for name, weights in parts.items():
+        part = model.model.get_submodule(name)
+        known = part.state_dict()
+        if missing := [key for key in known if key not in weights and "cross_attention" not in key]:
+            raise ValueError(f"The pretrained {name} lacks {missing[:5]}.")
+        part.load_state_dict({key: tensor for key, tensor in weights.items() if key in known}, strict=False)
 
 
 def main():
@@ -211,6 +249,11 @@ def main():
     )
     parser.add_argument("--composition_type", choices=("cross_attention", "gated_attention", "simple_add"))
     parser.add_argument("--connector_type", default="cross_attention", choices=("cross_attention", "prefix", "both"))
+    parser.add_argument(
+        "--encoders_dir",
+        type=Path,
+        help="encoders of pretrain_encoders.py to begin with, and with the embedded model's language model",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in ("width", "spatial_width"):
@@ -222,7 +265,14 @@ def main():
     config = make_config(args, tokenizer)
     torch.manual_seed(args.seed)
     model = AureaForConditionalGeneration(config)
-    let_patches_differ(model)
+    if args.encoders_dir is None:
+        for encoder in (model.model.vision_model, model.model.spatial_vision_model):
+            let_patches_differ(encoder)
+    else:
+        spatial = args.spatial_vision + (f":{args.spatial_width}" if args.spatial_width else "")
+        names = {"vision_model": "siglip", "spatial_vision_model": spatial}
+        folders = {name: args.encoders_dir / encoder for name, encoder in names.items() if getattr(model.model, name)}
+        begin_with_parts(model, folders)
     model.generation_config = make_generation_config(tokenizer)
     model.save_pretrained(args.output_dir)
     make_processor(config, tokenizer).save_pretrained(args.output_dir)

@@ -147,6 +147,7 @@ def become(environment: dict[str, str], output: list[Path], folder: Path, functi
 
 def run_script(path: str | Path, arguments: list[str]) -> None:
     sys.argv = [str(path), *arguments]
+    sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -18,9 +18,10 @@ import pytest
 import torch
 from conftest import FORKS, become, run_script
 from PIL import Image
-from transformers import EvalPrediction
+from transformers import AutoModel, EvalPrediction
 
 from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
+from transformers_aurea.scenes import COLORS, SHAPES, SIZES, object_mask, scene_objects
 
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -78,7 +79,11 @@ def training_options(model, output, steps):
 
 def example(name: str) -> SimpleNamespace:
     """What an example script defines."""
-    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+    sys.path.insert(0, str(EXAMPLES))  # where scripts find each other
+    try:
+        return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+    finally:
+        sys.path.remove(str(EXAMPLES))
 
 
 def as_arguments(options):
@@ -334,7 +339,7 @@ def test_a_comparison_goes_on_where_it_was_cut_off(tmp_path):
     (half_written / "config.json").write_text("{")
 
     def compare(*options):
-        encoders = ("--encoders", "resnet", "siglip+resnet")
+        encoders = ("--encoders", "resnet", "siglip+resnet", "--pretraining_scenes", 32)
         found = run("compare_fusions.py", "--output_dir", tmp_path, "--fusion_types", "none", *encoders, *options)
         return found.stdout if found.returncode == 0 else pytest.fail(found.stderr)
 
@@ -348,6 +353,7 @@ def test_a_comparison_goes_on_where_it_was_cut_off(tmp_path):
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert [one["eval_scenes"] for one in found["runs"]] == [4, 5] and [*found["costs"]] == [name]
     assert "blind_spatial_vision" in found["runs"][0]["scores"]["all"]
+    assert {path.name for path in (tmp_path / "encoders").iterdir()} == {"resnet", "resnet.txt"}
 
 
 @pytest.mark.parametrize(
@@ -506,3 +512,37 @@ def test_adapters_on_a_model_of_parts_are_refused():
     training_args = SimpleNamespace(do_train=True, do_eval=False, train_sampling_strategy="random")
     with pytest.raises(ValueError, match="the new parts would be lost"):
         train["check_options"](model_args, train["DataArguments"](dataset="scenes"), training_args)
+
+
+class TestPretraining:
+    def test_patches_are_labelled_with_what_covers_them(self):
+        script = example("pretrain_encoders")
+        for seed in (3, 8, 21):
+            objects = scene_objects(seed, max_objects=2)
+            labels = script.patch_labels(seed).reshape(3, 14, 14)
+            for scene_object in objects[-1:]:  # in front
+                row, column = (int(place // 8) for place in (scene_object.y, scene_object.x))
+                if scene_object.shape not in ("ring", "triangle"):  # whose centers may be another's
+                    named = [words[number] for words, number in zip((COLORS, SHAPES, SIZES), labels[:, row, column])]
+                    assert named == [scene_object.color, scene_object.shape, scene_object.size]
+            empty = labels[0] == len(COLORS)
+            covers = sum(object_mask(one) for one in objects).reshape(14, 8, 14, 8).mean(axis=(1, 3))
+            assert (covers[empty] < 0.6).all() and (covers[~empty] >= 0.3).all()
+            assert ((labels[1] == len(SHAPES)) == empty).all() and ((labels[2] == len(SIZES)) == empty).all()
+
+    @pytest.mark.parametrize("name", ["siglip", "dinov2", "resnet"])
+    def test_an_encoder_is_kept_and_begun_with(self, name, tmp_path):
+        said = check(run("pretrain_encoders.py", "--output_dir", tmp_path, "--encoders", name, "--pictures", 64))
+        assert f"{name}: step 2 of 2" in said and "of objects' patches right" in said
+        encoder = "vision" if name == "siglip" else "spatial_vision"
+        options = ["--fusion_type", "none", "--encoder", encoder, "--encoders_dir", tmp_path]
+        options += [] if name == "siglip" else ["--spatial_vision", name]
+        check(run("make_embedded_model.py", "--output_dir", tmp_path / "model", *options))
+        model = AureaForConditionalGeneration.from_pretrained(tmp_path / "model")
+        kept, found = (
+            AutoModel.from_pretrained(tmp_path / name).state_dict(),
+            model.get_submodule(f"model.{encoder}_model"),
+        )
+        assert all(torch.equal(kept[key], tensor) for key, tensor in found.state_dict().items())
+        embedded = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
+        assert torch.equal(model.get_input_embeddings().weight, embedded.get_input_embeddings().weight)
