@@ -17,6 +17,7 @@ from transformers_aurea import AureaForConditionalGeneration, AureaProcessor
 
 
 CODE_FILES = {
+    "added_encoder_aurea.py",
     "auxiliary_losses_aurea.py",
     "composition_aurea.py",
     "configuration_aurea.py",
