@@ -138,6 +138,8 @@ def test_adapters_find_what_is_new(relative, preset):
 def test_an_aurea_of_either_encoder(encoder, other, fusion_type, output_dim):
     single = {"fusion_type": "none", "encoder": encoder, "output_dim": output_dim}
     model, donor = tiny_model(feature_fusion_config=single), tiny_model()
+    for norm in (module for module in model.model.fusion.modules() if isinstance(module, torch.nn.LayerNorm)):
+        torch.nn.init.normal_(norm.weight)
     inputs = {"input_ids": torch.tensor([[98, 5, 6], [7, 98, 8]]), "pixel_values": random_pixels(2, donor.config)}
     inputs["pixel_values"][:, 1 - model.config.views[f"{encoder}_config"].index] = 0
     before = model(**inputs).logits
@@ -218,6 +220,9 @@ def test_it_takes_the_models_place_and_precision():
     assert {one.dtype for one in model.model.spatial_vision_model.parameters()} == {torch.float32}
     assert {one.dtype for one in model.model.fusion.parameters()} == {torch.bfloat16}
     assert model.model.spatial_vision_model.training and model.model.fusion.training
+    evaluated = tiny_model(feature_fusion_config={"fusion_type": "none"})
+    evaluated.add_encoder(make_encoder())
+    assert not evaluated.model.spatial_vision_model.training and not evaluated.model.fusion.training
     assert "Dinov2Layer" in model._no_split_modules
     report = set_trainable(model, ["fusion"])
     assert report.trainable == sum(one.numel() for one in model.model.fusion.parameters())
