@@ -327,6 +327,10 @@ class AureaConfig(PreTrainedConfig):
             Width of the gated MLP of a cross-attention block.
         cross_attention_norm_eps (`float`, *optional*, defaults to 1e-5):
             Epsilon of the RMS norms of a cross-attention block.
+        num_image_positions (`int`, *optional*, defaults to 0):
+            How many pictures of a row cross-attention blocks can tell apart, by a learned embedding of a picture's
+            number that is added to its visual tokens; those beyond share the last one. 0, as published: to the blocks,
+            the pictures that a word sees are one set, and no word can tell the first from the second.
         projector_hidden_size (`int`, *optional*):
             Inner width of the projector; by default eight times the channels of the spatial encoder, or of the only
             one, which is four times the published fusion's output.
@@ -404,6 +408,7 @@ class AureaConfig(PreTrainedConfig):
     cross_attention_head_dim: int | None = None
     cross_attention_intermediate_size: int | None = None
     cross_attention_norm_eps: float = 1e-5
+    num_image_positions: int = 0
     projector_hidden_size: int | None = None
     projector_num_layers: Literal[1, 2, 3] = 2
     projector_hidden_act: str = "silu"
@@ -653,7 +658,7 @@ class AureaConfig(PreTrainedConfig):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
-        for name in ("image_token_id", "first_position_id"):
+        for name in ("image_token_id", "first_position_id", "num_image_positions"):
             if (number := vars(self)[name]) < 0:
                 raise ValueError(f"`{name}` must be 0 or greater, got {number}.")
         if self.projector_hidden_act not in ACT2FN:
@@ -793,6 +798,11 @@ class AureaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`prefix_mask` is {self.prefix_mask!r}, but with `connector_type={self.connector_type!r}` no visual "
                 'tokens stand in the text. Leave it out, or choose the connector "prefix" or "both".'
+            )
+        if self.num_image_positions and self.connector_type == "prefix":
+            raise ValueError(
+                f"`num_image_positions` is {self.num_image_positions}, but with `connector_type=\"prefix\"` no "
+                "cross-attention block reads the pictures, and their places in the text tell them apart. Leave it out."
             )
 
     def _validate_cross_attention_layers(self):

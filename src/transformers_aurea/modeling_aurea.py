@@ -108,6 +108,8 @@ class AureaModel(AureaPreTrainedModel):
         self.composition = AureaComposition(config, self.vision_model) if has_composition else None
         self.fusion = make_fusion(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
+        positions = config.num_image_positions
+        self.image_position_embedding = nn.Embedding(positions, config.text_config.hidden_size) if positions else None
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
         self.connector = AureaConnector(config)
         if self.connector.weaves:
@@ -240,6 +242,8 @@ class AureaModel(AureaPreTrainedModel):
             image_tokens, pixel_values, (cross_attention_states, image_embeds, num_images), cache, **kwargs
         )
         check_are_trained(auxiliary_losses, are_in_loss=return_decoder_output)
+        if self.image_position_embedding is not None and context.states is not None:
+            context.number_images(self.image_position_embedding)
         context.enter(cache)
         words = self.connector.fill(context, input_ids, inputs_embeds, self.get_input_embeddings())
         text_config, use_cache = self.language_model.config, self._uses_cache(use_cache)

@@ -293,7 +293,7 @@ def _state_dict(skeleton: PreTrainedModel, parts: dict[str, dict[str, torch.Tens
         for name, tensor in weights.items()
         if prefix + name in places
     }
-    new = ("model.fusion.", "model.multi_modal_projector.")
+    new = ("model.fusion.", "model.multi_modal_projector.", "model.image_position_embedding.")
     missing = sorted(name for name in places.keys() - state_dict.keys() if not name.startswith(new))
     if missing:
         raise ValueError(f"The parts lack {len(missing)} of the weights that their places need: {missing[:5]}…")

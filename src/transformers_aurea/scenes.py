@@ -297,7 +297,7 @@ def _newer(scenes: _Scenes, dice: Random) -> tuple[list[Image.Image], list[Turn]
 
 def _pair(scenes: _Scenes, dice: Random) -> tuple[list[Image.Image], list[Turn]]:
     two = scenes.two()
-    asked = [ask_which(dice, *(scene.objects for scene in two), scenes.speech) for _ in range(3)]
+    asked = [ask_which(dice, *(scene.objects for scene in two), scenes.speech) for _ in range(6)]
     turns = [Turn(*(_rename(text, scenes.recolor) for text in pair)) for pair in dict(asked).items()]
     # A question before the pictures is easier: its words, and those of the first picture, see that one alone.
     turns[0] = turns[0]._replace(images=2, shown_last=dice.random() < 0.5)

@@ -37,7 +37,7 @@ GROUP_MODULES = {
     "spatial_vision": ("spatial_vision_model",),
     "composition": ("composition",),
     "fusion": ("fusion",),
-    "projector": ("multi_modal_projector",),
+    "projector": ("multi_modal_projector", "image_position_embedding"),
     "cross_attention": BLOCK_NAMES,
     "language_model": ("language_model", "lm_head"),
 }

@@ -14,6 +14,7 @@ placeholder see the first picture. A row without pictures sees nothing.
 import copy
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import is_tracing, torch_compilable_check
@@ -54,6 +55,11 @@ class AureaVisualContext:
         rows = image_embeds if states is None else states
         self.num_images = None if rows is None else repeat_for_text(num_images, rows.shape[0], image_tokens.shape[0])
         self.placeholders = None
+
+    def number_images(self, embedding: nn.Embedding) -> None:
+        """Adds to the states of each picture the embedding of its number in its row, or the last there is."""
+        numbers = torch.arange(self.states.shape[1], device=self.states.device) // self.tokens_per_image
+        self.states = self.states + embedding(numbers.clamp(max=embedding.num_embeddings - 1))
 
     def enter(self, cache: Cache | None) -> None:
         """Lets new pictures take the place of those in the cache, which counts the placeholders of its text."""
