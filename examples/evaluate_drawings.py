@@ -29,21 +29,23 @@ from transformers_aurea import embedded_model_path
 from transformers_aurea.command_line import errors_in_one_line
 
 
+# What the embedded model says where there is nothing to say; case and a full stop at the end do not count.
+EMPTY = "an empty picture"
+NO_PICTURE = "Please show me a picture."
+OUTSIDE = "I only know colored shapes."
 # What is asked of two pictures, and what is answered if the first, the second, both or neither holds it.
 WHICH_PICTURE = "In which picture is the {}?"
 WHICH_ANSWERS = {(1, 0): "the first", (0, 1): "the second", (1, 1): "both", (0, 0): "neither"}
-# What may be answered where there is nothing to see; case and a full stop at the end do not count.
+# What may be answered where there is nothing to see.
 NOTHING_THERE = {
-    "Describe the image.": ("nothing", "an empty picture", "the picture is empty", "there is nothing"),
+    "Describe the image.": (EMPTY,),
     "How many objects are there?": ("zero",),
     "Is there a star?": ("no",),
 }
-NO_PICTURE = ("there is no picture", "I see no picture", "no picture")
-OUTSIDE = ("I do not know", "I cannot answer that", "that is not in my world")
 QUESTIONS_OUTSIDE = {
-    **dict.fromkeys(("What is the weather?", "blargh 17 ???", "Who are you?", "What is two plus two?"), OUTSIDE),
-    "Is there a dog?": ("no", *OUTSIDE),
-    "How many cats do you see?": ("zero", *OUTSIDE),
+    **dict.fromkeys(("What is the weather?", "blargh 17 ???", "Who are you?", "What is two plus two?"), (OUTSIDE,)),
+    "Is there a dog?": ("no", OUTSIDE),
+    "How many cats do you see?": ("zero", OUTSIDE),
 }
 QUESTIONS_OF_FOREIGN = (
     "Describe the image.",
@@ -130,7 +132,7 @@ def sensible_cases(n: int, seed: int) -> Iterator[Case]:
         dice = Random(f"{seed} sensible {index}")
         picture, objects = any_drawing(dice)
         for question, _ in ask(dice, objects).values():
-            yield Case("no picture", question, [([], question)], NO_PICTURE)
+            yield Case("no picture", question, [([], question)], (NO_PICTURE,))
         for question, accepted in QUESTIONS_OUTSIDE.items():
             yield Case("foreign question", question, [([picture], question)], accepted)
         for what in FOREIGN:
@@ -207,7 +209,7 @@ def is_right(case: Case, text: str, ended: bool) -> bool:
     if case.kind in KINDS or case.kind == "which":
         return text in case.accepted
     return is_short(text, ended) and (
-        not case.accepted or text.lower().rstrip(".") in {accepted.lower() for accepted in case.accepted}
+        not case.accepted or text.lower().rstrip(".") in {accepted.lower().rstrip(".") for accepted in case.accepted}
     )
 
 

@@ -12,10 +12,13 @@ place of each: the difference is what this encoder is worth to the model.
 import argparse
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
@@ -125,13 +128,18 @@ def evaluate(
     return scores
 
 
-def training_pictures(args_file: Path) -> SceneDataset:
-    """What `train.py --args_file` trains on, without questions."""
+def training_pictures(args_file: Path) -> Iterator[Image.Image]:
+    """What `train.py --args_file` trains on."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--scenes", type=int, required=True)
+    parser.add_argument("--first_scene", type=int, default=0)
     parser.add_argument("--curriculum", type=as_json, default=[])
     args, _ = parser.parse_known_args(args_file.read_text().split())
-    return SceneDataset(train_seeds(args.scenes), kinds=(), curriculum=[stage[:2] for stage in args.curriculum])
+    seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
+    unasked = [(*stage[:2], {}, *stage[3:]) if len(stage) > 2 else stage for stage in args.curriculum]
+    rows = SceneDataset(seeds, kinds=(), curriculum=unasked)
+    for index in tqdm(range(len(rows)), desc=f"pictures of {args_file.name}", unit_scale=True):
+        yield from rows[index]["images"]
 
 
 def as_json(text: str):
@@ -148,7 +156,9 @@ def read_args() -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
     parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--train_args", type=Path, help="look for test pictures among those trained on with this file")
+    parser.add_argument(
+        "--train_args", type=Path, nargs="+", help="look for test pictures among those trained on with these files"
+    )
     parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
     parser.add_argument("--recolor", type=as_json, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
     parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
@@ -164,8 +174,8 @@ def read_args() -> argparse.Namespace:
         parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
     if args.output and not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
-    if args.train_args and not args.train_args.is_file():
-        parser.error(f"--train_args {args.train_args} does not exist")
+    if missing := [str(file) for file in args.train_args or () if not file.is_file()]:
+        parser.error(f"--train_args {missing[0]} does not exist")
     args.scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
     try:
         make_scene(0, **args.scene_options)
@@ -176,7 +186,6 @@ def read_args() -> argparse.Namespace:
 
 def main():
     args = read_args()
-    pictures = training_pictures(args.train_args) if args.train_args else None
 
     folder = args.model_name_or_path or embedded_model_path()
     model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
@@ -204,16 +213,16 @@ def main():
         if f"{column}_f1" in scores["describe"]
     ]
     print(f"describe, F1 of the objects: {', '.join(f1)}")
-    if pictures is not None:
-        trained = {scene_digest(row["images"][0]) for row in pictures}
-        equal = sum(
-            scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) in trained for seed in seeds
-        )
-        print(f"{equal} of {len(seeds)} test pictures equal one of {len(pictures)} training pictures")
+    if args.train_args:
+        pictures = chain.from_iterable(map(training_pictures, args.train_args))
+        counted = Counter(map(scene_digest, pictures))
+        digests = [scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) for seed in seeds]
+        equal, trained = sum(digest in counted for digest in digests), counted.total()
+        print(f"{equal} of {len(seeds)} test pictures equal one of {trained} training pictures")
         scores["all"] |= {
             "pictures": len(seeds),
             "equal_to_training_pictures": equal,
-            "training_pictures": len(pictures),
+            "training_pictures": trained,
         }
     if args.output:
         args.output.write_text(json.dumps(scores, indent=1) + "\n")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from causal_families import tiny_text_config
 from conftest import IMAGE_TOKEN_ID, TINY_VISION, random_pixels, some, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
@@ -20,7 +21,13 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from transformers_aurea import AureaConfig, AureaDataCollator, AureaForConditionalGeneration, AureaProcessor
+from transformers_aurea import (
+    AureaConfig,
+    AureaDataCollator,
+    AureaForConditionalGeneration,
+    AureaProcessor,
+    set_trainable,
+)
 from transformers_aurea.configuration_aurea import AureaUnfitLanguageModelError
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.prefix_trial_aurea import reads_prefix, reads_prefix_here
@@ -563,3 +570,78 @@ def test_what_servers_of_transformers_models_ask_of_one_whose_pictures_stand_in_
     with torch.no_grad():
         model.model(inputs_embeds=embeds, position_ids=torch.arange(3)[None], **settings)
     assert received == [{0: "first"}] * 3
+
+
+class TestImagePositions:
+    """`num_image_positions`: what tells the pictures of a row apart."""
+
+    def model_and_rows(self, num_image_positions=2, **settings):
+        settings = {"feature_fusion_config": SVA, "num_image_positions": num_image_positions} | settings
+        model = tiny_model({"model_type": "phi3"}, **settings)
+        rows = [[IMAGE_TOKEN_ID] * 3 + [7, 8, 9], [5, IMAGE_TOKEN_ID, 6, 7, 8, 9]]
+        return model, {"input_ids": torch.tensor(rows), "pixel_values": random_pixels(4, model.config)}
+
+    @pytest.mark.parametrize("connector_type", ["cross_attention", "both"])
+    @torch.no_grad()
+    def test_each_pictures_embedding_is_added_to_its_tokens_and_the_last_serves_those_beyond(self, connector_type):
+        model, inputs = self.model_and_rows(connector_type=connector_type)
+        if connector_type == "both":
+            run = run_of(model)
+            inputs["input_ids"] = torch.tensor([[*run * 3, 7, 8, 9], [0] * 2 * len(run) + [*run, 7, 8, 9]])
+            inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+        plain = AureaForConditionalGeneration(copy.deepcopy(model.config)).eval()
+        plain.load_state_dict(model.state_dict())
+        plain.model.image_position_embedding = None
+        embeds = plain.get_image_features(inputs.pop("pixel_values")).pooler_output
+        rows = torch.stack(
+            [embeds[:3].flatten(0, 1), torch.cat([embeds[3], torch.zeros_like(embeds[:2].flatten(0, 1))])]
+        )
+        first, second = model.model.image_position_embedding.weight
+        numbers = torch.stack([first, second, second]).repeat_interleave(embeds.shape[1], dim=0)
+        given = {"num_images": torch.tensor([3, 1])} | ({"image_embeds": rows} if connector_type == "both" else {})
+        logits = model(**inputs, cross_attention_states=rows, **given).logits
+        expected = plain(**inputs, cross_attention_states=rows + numbers, **given).logits
+        torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
+        assert (logits - plain(**inputs, cross_attention_states=rows, **given).logits).abs().max() > 1e-3
+
+    @torch.no_grad()
+    def test_without_it_a_word_after_two_pictures_cannot_tell_the_first_from_the_second(self):
+        for num_image_positions, tells in ((0, False), (1, False), (2, True)):
+            model, inputs = self.model_and_rows(num_image_positions)
+            states = model.get_image_features(inputs["pixel_values"][:2]).pooler_output
+            one, other = (
+                model(
+                    input_ids=torch.tensor([[IMAGE_TOKEN_ID, 8]]), cross_attention_states=pictures.flatten(0, 1)[None]
+                ).logits  # without `num_images` both words see both
+                for pictures in (states, states.flip(0))
+            )
+            assert ((one - other).abs().max() > 1e-3) == tells, num_image_positions
+
+    def test_cached_and_beams_equal_the_run_without_a_cache(self):
+        model, inputs = self.model_and_rows()
+        for settings in (GREEDY, GREEDY | {"num_beams": 3}):
+            cached, uncached = (model.generate(**inputs, **settings, use_cache=use) for use in (True, False))
+            assert torch.equal(cached, uncached)
+
+    def test_it_trains_with_the_projector_and_is_saved(self, tmp_path):
+        model, inputs = self.model_and_rows()
+        set_trainable(model, "align")
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        embedding = model.model.image_position_embedding
+        assert (embedding.weight.grad.abs().amax(dim=1) > 0).all()
+        model.save_pretrained(tmp_path)
+        again = AureaForConditionalGeneration.from_pretrained(tmp_path).model.image_position_embedding
+        assert torch.equal(again.weight, embedding.weight)
+        assert again.weight.std() > 0
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"num_image_positions": -1}, "`num_image_positions` must be 0 or greater, got -1"),
+            ({"num_image_positions": 2, "connector_type": "prefix"}, "`num_image_positions` is 2, but .*Leave it out"),
+        ],
+        ids=["negative", "prefix"],
+    )
+    def test_what_makes_no_sense_is_refused(self, settings, message):
+        with pytest.raises(StrictDataclassError, match=message):
+            tiny_config({"model_type": "phi3"}, feature_fusion_config=SVA, **settings)

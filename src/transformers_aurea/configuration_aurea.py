@@ -801,7 +801,7 @@ class AureaConfig(PreTrainedConfig):
             )
         if self.num_image_positions and self.connector_type == "prefix":
             raise ValueError(
-                f"`num_image_positions` is {self.num_image_positions}, but with `connector_type=\"prefix\"` no "
+                f'`num_image_positions` is {self.num_image_positions}, but with `connector_type="prefix"` no '
                 "cross-attention block reads the pictures, and their places in the text tell them apart. Leave it out."
             )
 
