@@ -1,4 +1,4 @@
-.PHONY: style quality test slow common bench
+.PHONY: style quality test slow common bench renew
 
 style:
 	ruff check --fix .
@@ -21,3 +21,10 @@ bench:
 	python hub_kernels/spatial-range-attention/build_local.py cpu
 	python benchmarks/benchmark_spatial_range_attention.py --kernel hub_kernels/spatial-range-attention/build
 	python benchmarks/draw_chart.py
+
+# What README and docs print of the embedded model. The first takes half an hour on two cores, the last a minute.
+EMBEDDED = benchmarks/results/embedded_model
+renew:
+	python examples/evaluate_scenes.py --scenes 1000 --train_args examples/embedded.args examples/embedded_open.args --output $(EMBEDDED)/scores.json
+	python examples/evaluate_drawings.py --output $(EMBEDDED)/drawings.json
+	python docs/renew.py

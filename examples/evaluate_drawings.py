@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from drawings import COLORS, FOREIGN, GROUNDS, KINDS, NOUNS, SHAPES, SIZES, ask, draw, foreign_picture
+from evaluate_scenes import weights_digest
 from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -319,7 +320,8 @@ def main():
             for case, (text, ended) in zip(cases, said)
             if not is_right(case, text, ended)
         ]
-        args.output.write_text(json.dumps({"plain": plain, "rest": rest, "mistakes": mistakes}, indent=1) + "\n")
+        scores = {"weights": weights_digest(model), "plain": plain, "rest": rest, "mistakes": mistakes}
+        args.output.write_text(json.dumps(scores, indent=1) + "\n")
     if args.sheet:
         write_sheet(args.sheet, cases, said, args.sheet_pictures)
 

@@ -10,6 +10,7 @@ place of each: the difference is what this encoder is worth to the model.
 """
 
 import argparse
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -128,6 +129,14 @@ def evaluate(
     return scores
 
 
+def weights_digest(model) -> str:
+    """SHA-256 of a model's weights, whatever files they lie in: scores say by it what they are scores of."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def training_pictures(args_file: Path) -> Iterator[Image.Image]:
     """What `train.py --args_file` trains on."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -224,6 +233,7 @@ def main():
             "equal_to_training_pictures": equal,
             "training_pictures": trained,
         }
+    scores["all"]["weights"] = weights_digest(model)
     if args.output:
         args.output.write_text(json.dumps(scores, indent=1) + "\n")
 

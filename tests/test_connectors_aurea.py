@@ -628,6 +628,8 @@ class TestImagePositions:
         set_trainable(model, "align")
         model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
         embedding = model.model.image_position_embedding
+        new = AureaForConditionalGeneration(model.config).model.image_position_embedding
+        assert 0.7 < new.weight.std() < 1.3  # not the 0.02 of words
         assert (embedding.weight.grad.abs().amax(dim=1) > 0).all()
         model.save_pretrained(tmp_path)
         again = AureaForConditionalGeneration.from_pretrained(tmp_path).model.image_position_embedding

@@ -56,6 +56,8 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         super()._init_weights(module)
         if module is self.base_model.fusion:
             module.init_weights()
+        if module is self.base_model.image_position_embedding:
+            init.normal_(module.weight)  # visual tokens are not normalised, and words' range would be lost among them
 
     def post_init(self):
         fusion = self.base_model.fusion
