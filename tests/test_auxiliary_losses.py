@@ -103,7 +103,7 @@ class TestValues:
             setattr(model.config, name, value)
         maps = [goldens[f"enc/{name}_features"].unflatten(1, (8, 8)) for name in ("siglip", "dino")]
         try:
-            tokens, losses = model.train()._fuse(maps)
+            tokens, losses, _ = model.train()._fuse(maps)
         finally:
             model.eval()
             for name in COEFFICIENTS:
@@ -230,7 +230,7 @@ class TestWhen:
         model = tiny_model(**COEFFICIENTS, vision_image_size=7 * 12).train()
         features = [torch.randn(2, 12, 12, size, requires_grad=True) for size in model.config.feature_sizes]
         with LargestTensor() as largest:
-            _, losses = model.model._fuse(features)
+            _, losses, _ = model.model._fuse(features)
             sum(loss.sum() for loss in losses.values()).backward()
         with LargestTensor() as plain:
             model.model.fusion(*features).sum().backward()

@@ -240,6 +240,21 @@ class TestPromises:
         with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) declares `gives_map`.*\(2, 4, 4\)"):
             model.train()(**two_pictures(model))
 
+    @pytest.mark.parametrize("given", ["tokens", "(tokens, tokens)", "(tokens, (tokens[:1],))"])
+    def test_attentions_that_are_declared_and_not_given_are_named(self, write, given):
+        text = OWN_FUSION.replace("(AureaFusion):", "(AureaFusion):\n    gives_attentions = True")
+        text = text.replace("spatial_features):", "spatial_features, output_attentions=False):")
+        text = text.replace("return self.proj(", "tokens = self.proj(")
+        write(
+            text.replace(
+                "\n\n\nregister(", f"\n        return {given} if output_attentions else tokens\n\n\nregister("
+            )
+        )
+        model = eight_model()
+        model(**two_pictures(model))
+        with pytest.raises(RuntimeError, match=r"'eight' \(EightTokens\) declares `gives_attentions`.* 2 pictures"):
+            model(**two_pictures(model), output_attentions=True)
+
     @pytest.mark.parametrize("names", ["()", "None", "'vision_config'", "('vision_model',)"])
     def test_encoders_that_there_are_not_are_named(self, write, names):
         encoders = f"    @classmethod\n    def encoders(cls, config):\n        return {names}\n\n    def __init__"
@@ -259,7 +274,13 @@ class TestPromises:
 
         with pytest.raises(TypeError, match="Mapless declares `gives_map`, but its `forward` takes no `return_map`"):
             register_fusion("mapless", Mapless)
-        assert not {"plain", "mapless"} & FUSIONS.keys()
+
+        class Secretive(fusion_aurea.AureaFusion):
+            gives_attentions = True
+
+        with pytest.raises(TypeError, match=r"Secretive declares `gives_attentions`, .* no `output_attentions`"):
+            register_fusion("secretive", Secretive)
+        assert not {"plain", "mapless", "secretive"} & FUSIONS.keys()
 
     def test_a_class_that_is_no_fusion_is_not_registered(self):
         with pytest.raises(TypeError, match="subclass of `AureaFusion`"):

@@ -204,7 +204,7 @@ def _check_same_tokens(base: PreTrainedModel, config: AureaConfig, parts: dict[s
     def tokens(config: AureaConfig, vision_model, spatial_vision_model, composition, fusion) -> torch.Tensor:
         encoders = look_through(vision_model, spatial_vision_model, composition, pixels)
         features = [one if one is None else one.to(base.dtype) for _, one in encoders]
-        return fuse(config, fusion, features, wants_map=False)[0]
+        return fuse(config, fusion, features)[0]
 
     modules = [module for part in parts.values() if part is not None for module in part.modules()]
     with in_evaluation_mode(modules):

@@ -373,6 +373,7 @@ class AureaConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "past_key_values",
         "cache",
+        "fusion_attentions",
         "image_hidden_states",
         "image_outputs",
         "auxiliary_losses",

@@ -41,7 +41,7 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
 
     Raises:
         TypeError: `fusion_class` is no subclass of [`AureaFusion`], declares names otherwise than as a tuple, or a map
-            that its `forward` cannot be asked for.
+            or attentions that its `forward` cannot be asked for.
         ValueError: another class has the name, or it is none.
     """
     if not isinstance(name, str) or not name or name in FORMER_FUSIONS:
@@ -55,11 +55,12 @@ def register_fusion(name: str, fusion_class: type["AureaFusion"]) -> type["Aurea
             raise TypeError(f"`{fusion_class.__name__}.{declared}` is a tuple of names, got {names!r}.")
     parameters = signature(fusion_class.forward).parameters
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
-    if fusion_class.gives_map and "return_map" not in parameters and not takes_any:
-        raise TypeError(
-            f"{fusion_class.__name__} declares `gives_map`, but its `forward` takes no `return_map`. Let it, or leave "
-            "`gives_map` out."
-        )
+    for declared, argument in (("gives_map", "return_map"), ("gives_attentions", "output_attentions")):
+        if getattr(fusion_class, declared) and argument not in parameters and not takes_any:
+            raise TypeError(
+                f"{fusion_class.__name__} declares `{declared}`, but its `forward` takes no `{argument}`. Let it, or "
+                f"leave `{declared}` out."
+            )
     known = FUSIONS.setdefault(name, fusion_class)
     if (known.__module__, known.__qualname__) != (fusion_class.__module__, fusion_class.__qualname__):
         raise ValueError(f"'{name}' is {known.__module__}.{known.__qualname__} already: choose another name.")
@@ -83,6 +84,8 @@ class AureaFusion(nn.Module):
         needs_one_grid: whether both encoders must give the same rows and columns of patches.
         gives_map: whether `forward` takes `return_map=True` and then returns `(tokens, map)`, the fused map
             `(batch, height, width, channels)` that the feature consistency loss is about.
+        gives_attentions: whether `forward` takes `output_attentions=True` and then also returns, last, a tuple with
+            the attention weights of each layer, whose first dimension is the batch.
         kept_in_fp32: names of parameters that stay in float32 beside weights of another dtype.
         not_quantized: names of modules whose linear layers stay precise when the model is loaded in 8 or 4 bits.
         no_split: names of classes of modules that are not split over devices.
@@ -91,6 +94,7 @@ class AureaFusion(nn.Module):
     needs_map: bool = True
     needs_one_grid: bool = True
     gives_map: bool = False
+    gives_attentions: bool = False
     kept_in_fp32: tuple[str, ...] = ()
     not_quantized: tuple[str, ...] = ()
     no_split: tuple[str, ...] = ()
@@ -116,6 +120,12 @@ class AureaFusion(nn.Module):
                 f"gives {config.grid_sizes[0]} patches and the spatial encoder {config.grid_sizes[1]}. Choose "
                 "`vision_image_size` and `spatial_vision_image_size` so that they agree."
             )
+
+    def token_grid(self, config) -> tuple[int, int] | None:
+        """Rows and columns of its tokens, the last of them, over the view of the first of its encoders; None if they
+        lie on no grid. By default there is a token for each feature of that encoder, or they lie on none."""
+        place = [*config.encoder_configs].index(self.encoders(config)[0])
+        return config.grid_sizes[place] if self.num_tokens == math.prod(config.feature_shapes[place]) else None
 
     def init_weights(self) -> None:
         """Fills parameters that are the fusion's own, with `transformers.initialization`, and none of its layers'."""
@@ -179,14 +189,18 @@ class AureaSpatialRangeAttention(GradientCheckpointingLayer):
         self.spatial_range_weights = AureaSpatialRangeWeights()
         self.neighborhood_aggregate = AureaNeighborhoodAggregate()
 
-    def forward(self, source: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """Two maps of `(batch, height, width, dim)` → one; ValueError if the grid is not larger than the radius."""
+    def forward(
+        self, source: torch.Tensor, guidance: torch.Tensor, output_attentions: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Two maps `(batch, height, width, dim)` → one and, if asked, the corrected weights `(batch, height, width,
+        (2·radius + 1)²)`; ValueError if the grid is not larger than the radius."""
         weights = self.spatial_range_weights(self.range_proj(guidance), self.sigma_spatial.squeeze(0), self.radius)
         weights = weights.to(guidance.dtype)  # (B, H, W, K)
         fixup = self.fixup_proj(torch.cat([weights, guidance], dim=-1))
         weights = weights + weights * fixup.sigmoid()
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-7)
-        return self.output_proj(self.neighborhood_aggregate(source, weights, self.radius))
+        output = self.output_proj(self.neighborhood_aggregate(source, weights, self.radius))
+        return (output, weights) if output_attentions else output
 
 
 def _dim(config) -> int:
@@ -220,6 +234,17 @@ def _begin_stem(single: "AureaNoFusion", norm: nn.Module, weight: torch.Tensor) 
         weight.copy_(single.output_proj.weight)
 
 
+def _refined(layers, source: torch.Tensor, features: torch.Tensor, attentions: list | None) -> torch.Tensor:
+    """A map after layers with their residuals, whose weights go into `attentions`."""
+    for layer in layers:
+        added = layer(source, features, output_attentions=attentions is not None)
+        if attentions is not None:
+            added, weights = added
+            attentions.append(weights)
+        features = added + features
+    return features
+
+
 def _check_grids(semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> None:
     if semantic_features.ndim != 4 or semantic_features.shape[:3] != spatial_features.shape[:3]:
         raise ValueError(
@@ -236,6 +261,7 @@ class AureaSpatialRangeFusion(AureaFusion):
     """
 
     gives_map = True
+    gives_attentions = True
     kept_in_fp32 = ("sigma_spatial",)
     not_quantized = ("fixup_proj",)  # small networks, whose widths no group of weights divides
     no_split = ("AureaSpatialRangeAttention",)
@@ -275,8 +301,8 @@ class AureaSpatialRangeFusion(AureaFusion):
             init.ones_(layer.sigma_spatial)
 
     def forward(
-        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, return_map: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, semantic_features, spatial_features, return_map: bool = False, output_attentions: bool = False
+    ) -> torch.Tensor | tuple:
         """See [`AureaFusion`]; ValueError if the grids differ, or are not larger than the radius."""
         _check_grids(semantic_features, spatial_features)
         dtype = self.spatial_norm.weight.dtype
@@ -285,13 +311,12 @@ class AureaSpatialRangeFusion(AureaFusion):
         semantic = semantic.unflatten(0, semantic_features.shape[:3])  # (B, H, W, D)
         spatial = self.spatial_norm(spatial_features.to(dtype))
         joint_source = torch.cat([spatial, semantic], dim=-1)  # (B, H, W, 2D)
-        for layer in self.semantic_layers:
-            semantic = layer(spatial, semantic) + semantic
-        joint = torch.cat([spatial, semantic], dim=-1)
-        for layer in self.joint_layers:
-            joint = layer(joint_source, joint) + joint
+        attentions = [] if output_attentions else None
+        semantic = _refined(self.semantic_layers, spatial, semantic, attentions)
+        joint = _refined(self.joint_layers, joint_source, torch.cat([spatial, semantic], dim=-1), attentions)
         tokens = self.output_proj(joint.flatten(1, 2))  # (B, H·W, 2D)
-        return (tokens, joint) if return_map else tokens
+        extras = ([joint] if return_map else []) + ([tuple(attentions)] if output_attentions else [])
+        return (tokens, *extras) if extras else tokens
 
 
 class AureaConcatFusion(AureaFusion):
@@ -470,6 +495,7 @@ class AureaCrossAttentionFusion(AureaFusion):
 
     needs_map = False
     needs_one_grid = False
+    gives_attentions = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -496,13 +522,20 @@ class AureaCrossAttentionFusion(AureaFusion):
         for layer in self.layers:
             layer.o_proj.weight.zero_()
 
-    def forward(self, semantic_features: torch.Tensor, spatial_features: torch.Tensor) -> torch.Tensor:
-        """See [`AureaFusion`]; there are as many tokens as the semantic encoder has."""
+    def forward(
+        self, semantic_features: torch.Tensor, spatial_features: torch.Tensor, output_attentions: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """See [`AureaFusion`]; there are as many tokens as the semantic encoder has. Attentions are `(batch, heads,
+        semantic tokens, spatial tokens)`."""
         tokens = self.semantic_proj(_normed(self.semantic_norm, semantic_features).flatten(1, -2))
         source = _normed(self.spatial_norm, spatial_features).flatten(1, -2)
+        attentions = []
         for norm, layer in zip(self.norms, self.layers):
-            tokens = tokens + layer(norm(tokens), source)
-        return tokens
+            normed = norm(tokens)
+            if output_attentions:
+                attentions.append(layer.weights(normed, source))
+            tokens = tokens + layer(normed, source)
+        return (tokens, tuple(attentions)) if output_attentions else tokens
 
 
 class AureaSpatialVisionAggregator(AureaFusion):
@@ -542,6 +575,9 @@ class AureaSpatialVisionAggregator(AureaFusion):
 
     def init_weights(self) -> None:
         init.normal_(self.queries, std=self.output_dim**-0.5)
+
+    def token_grid(self, config) -> tuple[int, int]:
+        return self.query_grid
 
     def _windows(self, features: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B · queries, patches of a window, C)"""

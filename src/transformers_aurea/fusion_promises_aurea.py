@@ -45,28 +45,41 @@ def make_fusion(config) -> AureaFusion:
 
 
 def fuse(
-    config, fusion: AureaFusion, features: list[torch.Tensor | None], wants_map: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens (images, num_tokens, output_dim) of the encoders' maps, and the fused map (images, height, width, C) if
-    it is wanted and given.
+    config,
+    fusion: AureaFusion,
+    features: list[torch.Tensor | None],
+    wants_map: bool = False,
+    wants_attentions: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...] | None]:
+    """Tokens (images, num_tokens, output_dim) of the encoders' maps and, where wanted and given, the fused map
+    (images, height, width, C) and the weights of the fusion's attentions.
 
     Raises:
         RuntimeError: they are not what the fusion promises.
     """
-    named, fused_map = _named(config, type(fusion)), None
+    named = _named(config, type(fusion))
     num_images = next(one.shape[0] for one in features if one is not None)
-    if wants_map and fusion.gives_map:
-        given = fusion(*features, return_map=True)
-        tokens, fused_map = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-        grids = [_shape(one)[:3] for one in features if one is not None and one.ndim == 4]
-        if _shape(fused_map)[:-1] not in grids:
-            raise RuntimeError(
-                f"{named} declares `gives_map`: with `return_map=True`, its `forward` gives tokens and a map (images, "
-                f"height, width, channels) on an encoder's grid, {' or '.join(map(str, grids))}. It gives "
-                f"{_shape(fused_map)}."
-            )
-    else:
-        tokens = fusion(*features)
+    asked = {"return_map": True} if wants_map and fusion.gives_map else {}
+    asked |= {"output_attentions": True} if wants_attentions and fusion.gives_attentions else {}
+    given = fusion(*features, **asked)
+    tokens, *extras = given if asked and isinstance(given, tuple) and len(given) == 1 + len(asked) else [given]
+    extras = dict(zip(asked, extras))
+    fused_map, attentions = extras.get("return_map"), extras.get("output_attentions")
+    grids = [_shape(one)[:3] for one in features if one is not None and one.ndim == 4]
+    if "return_map" in asked and _shape(fused_map)[:-1] not in grids:
+        raise RuntimeError(
+            f"{named} declares `gives_map`: with `return_map=True`, its `forward` gives tokens and a map (images, "
+            f"height, width, channels) on an encoder's grid, {' or '.join(map(str, grids))}. It gives "
+            f"{_shape(fused_map)}."
+        )
+    if "output_attentions" in asked and not (
+        isinstance(attentions, tuple) and all(_shape(weights)[:1] == (num_images,) for weights in attentions)
+    ):
+        shapes = [*map(_shape, attentions)] if isinstance(attentions, tuple) else _shape(attentions)
+        raise RuntimeError(
+            f"{named} declares `gives_attentions`: with `output_attentions=True`, its `forward` gives, last, a tuple "
+            f"of weights of {num_images} pictures each. It gives {shapes}."
+        )
     promised = (num_images, fusion.num_tokens, fusion.output_dim)
     if _shape(tokens) != promised:
         raise RuntimeError(
@@ -75,7 +88,7 @@ def fuse(
         )
     if not tokens.is_floating_point():
         raise RuntimeError(f"{named} promises tokens in the dtype of its weights and gives {tokens.dtype}.")
-    return tokens, fused_map
+    return tokens, fused_map, attentions
 
 
 def _shape(value) -> tuple[int, ...] | str:

@@ -151,7 +151,8 @@ class AureaModel(AureaPreTrainedModel):
         parts = (self.vision_model, self.spatial_vision_model, self.composition)
         (semantic, semantic_map), (spatial, spatial_map) = look_through(*parts, pixel_values, **kwargs)  # (n, h, w, C)
         features = [one if one is None else one.to(self.dtype) for one in (semantic_map, spatial_map)]
-        fused_features, auxiliary_losses = self._fuse(features)  # (images, N, C_fused)
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        fused_features, auxiliary_losses, attentions = self._fuse(features, wants_attentions)  # (images, N, C_fused)
         main, beside = (semantic, spatial) if semantic is not None else (spatial, {})
         beside = {} if beside is None else beside
         return AureaImageFeaturesOutput(
@@ -162,18 +163,16 @@ class AureaModel(AureaPreTrainedModel):
             spatial_last_hidden_state=beside.get("last_hidden_state"),
             spatial_hidden_states=beside.get("hidden_states"),
             spatial_attentions=beside.get("attentions"),
+            fusion_attentions=attentions,
             auxiliary_losses=auxiliary_losses,
         )
 
-    def _fuse(self, features: list[torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-        """Fused tokens (images, N, C) of the encoders' maps, and the auxiliary losses of training.
-
-        Raises:
-            RuntimeError: the fusion breaks its promise.
-        """
+    def _fuse(self, features: list[torch.Tensor | None], wants_attentions: bool = False) -> tuple:
+        """Fused tokens (images, N, C) of the encoders' maps, auxiliary losses of training, the fusion's weights."""
         coefs = self.config.auxiliary_loss_coefs if self.training else {}
-        tokens, fused_map = fuse(self.config, self.fusion, features, wants_map="feature_consistency" in coefs)
-        return tokens, fusion_losses(self.config, tokens, fused_map, features) if coefs else None
+        wants_map = "feature_consistency" in coefs
+        tokens, fused_map, attentions = fuse(self.config, self.fusion, features, wants_map, wants_attentions)
+        return tokens, fusion_losses(self.config, tokens, fused_map, features) if coefs else None, attentions
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         shape = (len(self.config.views), 3, *self.config.canvas)
@@ -267,6 +266,7 @@ class AureaModel(AureaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=tuple(cross_attentions) if cross_attentions else None,  # none from sdpa and flash
+            fusion_attentions=None if image_outputs is None else image_outputs.fusion_attentions,
             image_hidden_states=None if image_outputs is None else image_outputs.pooler_output,
             image_outputs=image_outputs,
             auxiliary_losses=auxiliary_losses,

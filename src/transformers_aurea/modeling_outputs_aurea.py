@@ -28,6 +28,11 @@ class AureaImageFeaturesOutput(BaseModelOutputWithPooling):
             Output of the spatial encoder.
         spatial_hidden_states, spatial_attentions (`tuple(torch.FloatTensor)`, *optional*):
             Those of the spatial encoder, on request, as `hidden_states` and `attentions` are the semantic encoder's.
+        fusion_attentions (`tuple(torch.FloatTensor)`, *optional*, with `output_attentions=True`):
+            Weights of the fusion's layers, if it has any that attend. Of `"spatial_range"`, one `(num_images, height,
+            width, (2·radius + 1)²)` per layer, those of the semantic stack first: at each patch, what each neighbour
+            counts, row by row of the window, reflected at the borders, after the correction, with a sum of 1. Of
+            `"cross_attention"`, one `(num_images, num_heads, num_patches, num_spatial_patches)` per layer.
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
             `(num_images,)` each, by name: `"feature_consistency"` and `"feature_diversity"`, not weighted.
     """
@@ -35,6 +40,7 @@ class AureaImageFeaturesOutput(BaseModelOutputWithPooling):
     spatial_last_hidden_state: torch.FloatTensor | None = None
     spatial_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     spatial_attentions: tuple[torch.FloatTensor, ...] | None = None
+    fusion_attentions: tuple[torch.FloatTensor, ...] | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
 
 
@@ -52,6 +58,8 @@ class AureaModelOutputWithPast(BaseModelOutputWithPast):
             The decoder's, one per layer; a layer's hidden state is the one after its cross-attention block and itself.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*):
             One `(batch_size, num_heads, sequence_length, num_visual_tokens)` per cross-attention block.
+        fusion_attentions (`tuple(torch.FloatTensor)`, *optional*):
+            See [`AureaImageFeaturesOutput`]; of the pictures given in this call.
         image_hidden_states (`torch.FloatTensor` of shape `(num_images, num_patches, hidden_size)`, *optional*):
             The projected features of the pictures given in this call.
         image_outputs ([`AureaImageFeaturesOutput`], *optional*):
@@ -63,6 +71,7 @@ class AureaModelOutputWithPast(BaseModelOutputWithPast):
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    fusion_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: AureaImageFeaturesOutput | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
@@ -77,7 +86,8 @@ class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
             The language model's own loss of the next token and, in training, the weighted auxiliary losses.
         logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`):
             Scores of the language modelling head before the softmax.
-        past_key_values or cache, hidden_states, attentions, cross_attentions, image_hidden_states, image_outputs:
+        past_key_values or cache, hidden_states, attentions, cross_attentions, fusion_attentions, image_hidden_states,
+        image_outputs:
             See [`AureaModelOutputWithPast`].
         auxiliary_losses (`dict[str, torch.FloatTensor]`, *optional*, in training if the configuration has them):
             Means over the pictures of this call, not weighted and without gradient, to be logged.
@@ -86,6 +96,7 @@ class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    fusion_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
     image_outputs: AureaImageFeaturesOutput | None = None
     auxiliary_losses: dict[str, torch.FloatTensor] | None = None
@@ -106,6 +117,7 @@ class AureaCausalLMOutputWithPast(CausalLMOutputWithPast):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
+            fusion_attentions=outputs.fusion_attentions,
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
             auxiliary_losses={name: loss.detach().mean() for name, loss in losses.items()} if is_logged else None,
