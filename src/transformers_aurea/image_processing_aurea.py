@@ -18,7 +18,7 @@ import struct
 import urllib.request
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import PIL.Image
@@ -94,6 +94,22 @@ class AureaImageProcessorKwargs(ImagesKwargs, total=False):
     spatial_image_std: float | list[float] | tuple[float, ...] | None
 
 
+class AureaViewFrame(NamedTuple):
+    """The part of a picture that a view shows.
+
+    Args:
+        left, top, right, bottom: its edges in pixels of the picture, beyond its own where the view has zeros.
+        height, width: of the view in pixels, each of which shows an equal share of that part.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    height: int
+    width: int
+
+
 class AureaImageProcessor(PilBackend):
     r"""Turns pictures into `pixel_values` of shape `(num_images, num_views, 3, height, width)`, float32.
 
@@ -162,6 +178,14 @@ class AureaImageProcessor(PilBackend):
     @property
     def _first_image_processor(self) -> BaseImageProcessor:
         return getattr(transformers, self.first_view["image_processor_type"])(**self.first_view)
+
+    def view_frames(self, height: int, width: int) -> list[AureaViewFrame]:
+        """Which part of a picture of this height and width each view shows; view 0 of a `first_view`, to within one of
+        its pixels."""
+        names = self.valid_kwargs.__annotations__
+        settings = self._standardize_kwargs(**{name: getattr(self, name, None) for name in names})
+        self._validate_preprocess_kwargs(**settings)
+        return [_view_frame(height, width, prefix, **settings) for prefix in _prefixes(**settings)]
 
     def fetch_images(self, images: ImageInput):
         """Reads what is encoded. The nesting stays; `None` in a list becomes an empty one."""
@@ -261,12 +285,8 @@ class AureaImageProcessor(PilBackend):
 
     def _make_view(self, picture: torch.Tensor, unit: float, prefix: str, **kwargs) -> torch.Tensor:
         """Resized, cropped, rescaled and normalised: `(channels, height, width)`, float32."""
-        height, width = picture.shape[-2:]
-        if kwargs["do_resize"]:
-            height, width = _resized_size(height, width, kwargs[f"{prefix}size"])
         mode = INTERPOLATION_MODES[kwargs[f"{prefix}resample"]] if kwargs["do_resize"] else None
-        crop = kwargs[f"{prefix}crop_size"] if kwargs["do_center_crop"] else None
-        view = resize_and_crop(picture, (height, width), (crop.height, crop.width) if crop else None, mode)
+        view = resize_and_crop(picture, *_resized_and_cropped(*picture.shape[-2:], prefix, **kwargs), mode)
         view = view.to(torch.float32) * unit
         if kwargs["do_rescale"]:
             if unit != 1:
@@ -347,15 +367,17 @@ def resize_and_crop(
     8-bit kernel works in two passes, width first, with an 8-bit result between them; the passes are done one by one
     here, so that only what the crop keeps goes through the second one. The numbers are the same.
     """
-    crop_size = crop_size or size
+    crop_size, padding = crop_size or size, []
     for dim in (-1, -2):
-        start = max(0, round((size[dim] - crop_size[dim]) / 2))
-        picture = _resize_along(picture, dim, size[dim], start, min(size[dim], crop_size[dim]), mode)
-    missing_height, missing_width = (crop - have for crop, have in zip(crop_size, picture.shape[-2:]))
-    if missing_height or missing_width:
-        padding = (missing_width // 2, (missing_width + 1) // 2, missing_height // 2, (missing_height + 1) // 2)
-        picture = torch.nn.functional.pad(picture, padding)
-    return picture
+        start, kept = _crop_start(size[dim], crop_size[dim]), min(size[dim], crop_size[dim])
+        picture = _resize_along(picture, dim, size[dim], max(0, start), kept, mode)
+        padding += [max(0, -start), crop_size[dim] - kept - max(0, -start)]
+    return torch.nn.functional.pad(picture, padding) if any(padding) else picture
+
+
+def _crop_start(length: int, crop: int) -> int:
+    """The first entry that a centred crop keeps; below 0, so many zeros stand before the first."""
+    return round((length - crop) / 2) if crop <= length else -((crop - length) // 2)
 
 
 def _resize_along(
@@ -384,6 +406,23 @@ def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
         return size.height, size.width
     longest_edge = int(size.shortest_edge * max(height, width) / min(height, width))  # truncated, as published
     return (size.shortest_edge, longest_edge) if height <= width else (longest_edge, size.shortest_edge)
+
+
+def _resized_and_cropped(height: int, width: int, prefix: str, **kwargs) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of a view after the resize, and after the crop."""
+    size = _resized_size(height, width, kwargs[f"{prefix}size"]) if kwargs["do_resize"] else (height, width)
+    crop = kwargs[f"{prefix}crop_size"] if kwargs["do_center_crop"] else None
+    return size, (crop.height, crop.width) if crop else size
+
+
+def _view_frame(height: int, width: int, prefix: str, **kwargs) -> AureaViewFrame:
+    size, crop_size = _resized_and_cropped(height, width, prefix, **kwargs)
+    edges = []
+    for length, resized, crop in zip((height, width), size, crop_size):
+        start = _crop_start(resized, crop)
+        edges.append((start * length / resized, (start + crop) * length / resized))
+    (top, bottom), (left, right) = edges
+    return AureaViewFrame(left, top, right, bottom, *crop_size)
 
 
 def _prefixes(do_spatial_view: bool, **kwargs) -> tuple[str, ...]:
@@ -542,4 +581,4 @@ def _shorten(value) -> str:
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
-__all__ = ["AureaImageProcessor", "AureaImageProcessorKwargs"]
+__all__ = ["AureaImageProcessor", "AureaImageProcessorKwargs", "AureaViewFrame"]
