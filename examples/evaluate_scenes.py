@@ -23,7 +23,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
+from transformers_aurea.attention_reading import blinded
 from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.configuration_aurea import AureaView
 from transformers_aurea.scenes import (
     IMAGE_SIZE,
     KINDS,
@@ -45,11 +47,11 @@ def answers(
     processor,
     asked: list[tuple[Image.Image, str]],
     batch_size: int,
-    replaced_views: dict[int, torch.Tensor] | None = None,
+    blind: tuple[AureaView, torch.Tensor] | None = None,
 ) -> list[str]:
     """What the model says, in the order of the questions; questions of like length share a batch.
 
-    `replaced_views`: by their index, views `(3, height, width)` that encoders see instead of their own.
+    `blind`: an encoder's view, and the mean picture `(views, 3, height, width)` that it shows instead of each.
     """
     order = sorted(range(len(asked)), key=lambda index: len(asked[index][1]))
     found = [""] * len(asked)
@@ -67,8 +69,8 @@ def answers(
             return_tensors="pt",
             processor_kwargs={"padding": True},
         ).to(model.device)
-        for index, view in (replaced_views or {}).items():
-            inputs["pixel_values"][:, index] = view
+        if blind is not None:
+            inputs["pixel_values"] = blinded(inputs["pixel_values"], *blind)
         generated = model.generate(**inputs, do_sample=False, max_new_tokens=48)
         texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(batch, texts):
@@ -96,13 +98,12 @@ def evaluate(
     if blind:
         mean = processor(images=pictures, return_tensors="pt")["pixel_values"].mean(dim=0)  # (views, 3, H, W)
         for name, view in model.config.views.items():
-            index = min(view.index, len(mean) - 1)  # a single encoder's view is the only one
-            views[f"blind_{name.removesuffix('_config')}"] = (pictures, {index: mean[index]})
+            views[f"blind_{name.removesuffix('_config')}"] = (pictures, (view, mean))
     said = [
         answers(
-            model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, replaced
+            model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, unseen
         )
-        for shown, replaced in views.values()
+        for shown, unseen in views.values()
     ]
 
     new_words = {word for word, _ in (scene_options.get("recolor") or {}).values()}

@@ -113,4 +113,12 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         super().initialize_weights()
 
 
-__all__ = ["AureaPreTrainedModel"]
+def aurea_model(model: nn.Module) -> nn.Module:
+    """The `AureaModel` inside; found by its parts, for remote code brings another class of that name."""
+    for module in model.modules():
+        if {"fusion", "language_model"} <= dict(module.named_children()).keys():
+            return module
+    raise ValueError(f"{type(model).__name__} holds no Aurea: it has no `fusion` beside a `language_model`.")
+
+
+__all__ = ["AureaPreTrainedModel", "aurea_model"]

@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .cross_attention_aurea import BLOCK_NAMES
+from .pretrained_model_aurea import aurea_model
 
 
 logger = logging.get_logger(__name__)
@@ -367,14 +368,6 @@ class GroupGradientNorms(TrainingLogger):
         return {name: (norm * scale, 1) for name, norm in norms.items()}
 
 
-def _aurea_model(model: nn.Module) -> nn.Module:
-    """The `AureaModel` inside; found by its parts, for remote code brings another class of that name."""
-    for module in model.modules():
-        if {"fusion", "language_model"} <= dict(module.named_children()).keys():
-            return module
-    raise ValueError(f"{type(model).__name__} holds no Aurea: it has no `fusion` beside a `language_model`.")
-
-
 class AttentionEntropyLogger(TrainingLogger):
     """Logs how far attention looks around, at each logging step: of each stack of layers
 
@@ -400,7 +393,7 @@ class AttentionEntropyLogger(TrainingLogger):
         self._entropies.clear()
         if not _ends_in_log(args, state):
             return
-        aurea = _aurea_model(model)
+        aurea = aurea_model(model)
         self._hooks.append(aurea.register_forward_pre_hook(self._note_pictures, with_kwargs=True))
         for stack, modules in self.watched(aurea).items():
             for module, weights_of in modules:
