@@ -223,6 +223,21 @@ class TestLook:
         assert rectangle(panels(chosen)[-1]) == pytest.approx((0, 96, 8, 104))
         assert figure.get_suptitle() == question
 
+    def test_words_are_drawn_on_every_picture_and_layers_on_that_where_the_answer_looked_most(self, embedded):
+        pictures = [make_scene(seed, kinds=[])[0] for seed in seeds_of_tests(2)]
+        reading = read_attention(pictures, "What is in the picture?", *embedded, answer="a ring")
+        maps, drawn = reading.word_maps(), panels(visualization._overview(reading, None))
+        assert len(drawn) == 2 * 3 + len(reading.layers)
+        grid = reading.grids[0]["vision"]
+        for image in range(2):
+            assert drawn[3 * image].get_title() == f"picture {image}"
+            for word in range(2):
+                assert is_tinted(drawn[3 * image + 1 + word], maps[word, image], grid)
+        image, row, column = np.unravel_index(int(maps.sum(dim=0).argmax()), maps.shape[1:])
+        for axes, name in zip(drawn[6:], reading.layers, strict=True):
+            [look_] = reading.of_patch(name, patch=(int(row), int(column)), image=int(image))
+            assert is_tinted(axes, look_.weights, grid)
+
     def test_without_a_question(self, embedded, tmp_path):
         picture, _ = make_scene(seeds_of_tests(1)[0], kinds=[])
         reading = look(picture, None, *embedded, tmp_path / "look.png")

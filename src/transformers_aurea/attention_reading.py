@@ -9,6 +9,7 @@
 
 All tensors are float32 on the CPU. The model may have any attention implementation, with or without the kernel, and be
 in any mode; when `read_attention` returns, or raises, it is as it was, and so is the state of random numbers.
+Meanwhile nothing else may use the model.
 """
 
 from collections.abc import Iterator
@@ -219,7 +220,8 @@ class AttentionReading:
         """Where each word looked, `(num_words, num_images, rows, columns)`, the mean of all heads.
 
         Args:
-            layer: number of a block or of a layer of the language model; by default the mean of all.
+            layer: number of a block, or of a layer among those of the language model that attend; by default the mean
+                of all.
             attention: `"cross_attention"` or `"prefix"`; by default that which there is, or the first of both.
 
         Raises:

@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,8 @@ def draw_words(
 ) -> Figure:
     """The picture, and where each word of the answer looked, all on one scale. `layer`, `attention` and errors are
     those of [`AttentionReading.word_maps`]."""
-    maps = reading.word_maps(layer, attention)[:, reading.image_number(image)]
-    figure = _figure(reading.pictures[image], 1 + len(maps))
+    maps = reading.word_maps(layer, attention)
+    figure = _figure(reading.pictures[reading.image_number(image)], 1 + len(maps))
     _draw_words(figure, reading, maps, image)
     return figure
 
@@ -189,10 +190,11 @@ def look(
     """Asks a model about pictures, and writes where it looked into a file.
 
     Args:
-        pictures, question, model, processor, answer: see [`read_attention`]; the first picture is drawn.
-        output: a `.gif` is a sweep over the patches of the picture in the last layer. A `.png`, `.jpg`, `.svg` or
-            `.pdf` has the words of the answer, what a patch looks at in all layers, and the encoders' shares.
-        at: the patch's point (x, y) in the picture's pixels; by default where the answer looked most, or the middle.
+        pictures, question, model, processor, answer: see [`read_attention`].
+        output: a `.gif` is a sweep over the patches of the first picture in the last layer. A `.png`, `.jpg`, `.svg`
+            or `.pdf` has the words of the answer, what a patch looks at in all layers, and the encoders' shares.
+        at: the patch's point (x, y) in pixels of the first picture; by default where the answer looked most, or the
+            middle.
 
     Returns:
         [`AttentionReading`], which has the `answer`.
@@ -214,25 +216,31 @@ def look(
 
 
 def _overview(reading: AttentionReading, at: tuple[float, float] | None) -> Figure:
-    """Words, layers and encoders' shares below each other, as far as the model has them."""
-    picture, sections = reading.pictures[0], []  # heights, and what is drawn
-    height, width, _ = picture.shape
-    point = (width / 2, height / 2)
+    """Words, layers and encoders' shares below each other, as far as the model has them: words for each picture,
+    layers for that at which the answer looked most, or the first."""
+    image, sections = 0, []  # heights, and what is drawn
+    height, width, _ = reading.pictures[0].shape
+    point = (width / 2, height / 2) if at is None else at
     if reading.words and reading.token_grid is not None:
-        maps = reading.word_maps()[:, 0]
-        place = np.unravel_index(int(maps.sum(dim=0).argmax()), maps.shape[1:])
-        left, top, right, bottom = reading.word_grid(0).rectangle(*place)
-        point = ((left + right) / 2, (top + bottom) / 2)
-        sections.append((_height(picture, 1 + len(maps)), lambda part: _draw_words(part, reading, maps, 0)))
+        maps = reading.word_maps()
+        for number, picture in enumerate(reading.pictures):
+            draw = partial(_draw_words, reading=reading, maps=maps, image=number)
+            sections.append((_height(picture, 1 + len(maps)), draw))
+        if at is None:
+            looked = maps.sum(dim=0)  # (pictures, rows, columns)
+            image, *place = (int(index) for index in np.unravel_index(int(looked.argmax()), looked.shape))
+            left, top, right, bottom = reading.word_grid(image).rectangle(*place)
+            point = ((left + right) / 2, (top + bottom) / 2)
     if reading.layers:
-        looks = _looks(reading, at=point if at is None else at)
-        sections.append((_height(picture, len(looks)), lambda part: _draw_layers(part, picture, looks)))
+        looks = _looks(reading, image, at=point)
+        draw = partial(_draw_layers, picture=reading.pictures[image], looks=looks)
+        sections.append((_height(reading.pictures[image], len(looks)), draw))
     if reading.eyes is not None:
-        sections.append((_eyes_height(reading), lambda part: _draw_eyes(part, reading)))
+        sections.append((_eyes_height(reading), partial(_draw_eyes, reading=reading)))
     if not sections:
         raise ValueError("Nothing that this model attends to can be drawn without a question: give one.")
     heights = [height for height, _ in sections]
-    width = PANELS_IN_A_ROW * _panel_size(picture)[0]
+    width = PANELS_IN_A_ROW * max(_panel_size(picture)[0] for picture in reading.pictures)
     figure = AttentionFigure(figsize=(width, sum(heights) + TITLE), layout="constrained")
     if reading.question is not None:
         figure.suptitle(_shorten(reading.question, 100), fontsize=11)
@@ -258,10 +266,12 @@ def _draw_layers(part: Figure | SubFigure, picture: np.ndarray, looks: list[tupl
 
 
 def _draw_words(part: Figure | SubFigure, reading: AttentionReading, maps: torch.Tensor, image: int) -> None:
+    """`maps`: (words, pictures, rows, columns); of all, the scale."""
     picture, grid, highest = reading.pictures[image], reading.word_grid(image), maps.max().item()
     panels = _panels(part, 1 + len(maps))
-    _draw_picture(panels.flat[0], picture, grid, f"“{reading.answer}”")
-    for axes, word, weights in zip(panels.flat[1:], reading.words, maps):
+    title = f"“{reading.answer}”" if len(reading.pictures) == 1 else f"picture {image}"
+    _draw_picture(panels.flat[0], picture, grid, title)
+    for axes, word, weights in zip(panels.flat[1:], reading.words, maps[:, image]):
         tint = _draw_weights(axes, picture, grid, weights, word, highest, has_scale=False)
     _draw_scale(tint, [*panels.flat])
     part.suptitle("where the model looked as it said each word", fontsize=9)
