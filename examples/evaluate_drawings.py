@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 
 
 # What is asked of two pictures, and what is answered if the first, the second, both or neither holds it.

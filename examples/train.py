@@ -36,7 +36,7 @@ from transformers.distributed import DistributedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from transformers_aurea import AureaConfig, AureaForConditionalGeneration, AureaProcessor, embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.data_aurea import AureaDataCollator, load_llava_dataset, to_chat_rows, with_lengths
 from transformers_aurea.parts_aurea import check_overrides
 from transformers_aurea.scenes import MAX_OBJECTS, WORLDS, SceneDataset, scene_questions, test_seeds, train_seeds
