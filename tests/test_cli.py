@@ -7,18 +7,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from conftest import FIXTURES
 from PIL import Image
 from test_examples import run
 
 import transformers_aurea
 import transformers_aurea_command
-from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, DynamicTopKLogitsWarper
+from transformers_aurea import (
+    AureaForConditionalGeneration,
+    AureaProcessor,
+    DynamicTopKLogitsWarper,
+    convert_aurea_weights_to_hf,
+)
 from transformers_aurea.cli import COMMANDS, main
 from transformers_aurea.cli.chat import talk
+from transformers_aurea.cli.convert import CONVERTERS, PUBLISHED
 from transformers_aurea.cli.errors import message
+from transformers_aurea.convert_aurea_weights_to_hf import ConversionError
 from transformers_aurea.scenes import make_scene, test_seeds
 from transformers_aurea.training_aurea import set_trainable
 
@@ -368,6 +377,95 @@ class TestInfo:
         said = capsys.readouterr().out
         assert "2,023,548 parameters" in said and "an estimate" in said and "without activations" in said
         assert "fusion with --use_kernels, on " in said and "connector: cross_attention, 196 visual tokens" in said
+
+
+class TestConvert:
+    @pytest.fixture
+    def chosen(self, monkeypatch) -> list:
+        """Converters that were called, with their arguments; they do nothing."""
+        calls = []
+        for name in {*CONVERTERS.values(), PUBLISHED}:
+            module = ModuleType(name)
+            module.main = lambda argv, name=name: calls.append((name, argv)) or 7
+            if name == PUBLISHED:
+                monkeypatch.setattr(convert_aurea_weights_to_hf, "main", module.main)
+            else:
+                monkeypatch.setitem(sys.modules, f"transformers_aurea.{name}", module)
+        return calls
+
+    @pytest.mark.parametrize(
+        ("model_type", "name"),
+        [
+            ("paligemma", "convert_relatives"),
+            ("llava", "convert_relatives"),
+            ("prismatic", "convert_prismatic"),
+            ("openvla", "convert_prismatic"),
+            (None, "convert_aurea_weights_to_hf"),
+        ],
+    )
+    def test_what_the_input_is_decides(self, model_type, name, chosen, tmp_path, capsys):
+        if model_type:
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        given = ["--input_dir", str(tmp_path), "--output_dir", "out"]
+        assert main(["convert", *given, "--dtype", "bfloat16", "--verify"]) == 7
+        assert chosen == [(name, [f"--input_dir={tmp_path}", "--output_dir=out", "--dtype=bfloat16", "--verify"])]
+        [line] = capsys.readouterr().out.splitlines()
+        assert f"transformers_aurea.{name} converts it" in line and (model_type or "published") in line
+
+    def test_the_published_layout_becomes_a_model(self, tmp_path, capsys):
+        options = ["--config", str(FIXTURES / "tiny_config.json"), "--output_dir", str(tmp_path / "aurea")]
+        assert main(["convert", "--input_dir", str(FIXTURES / "published"), *options]) == 0
+        assert main(["info", str(tmp_path / "aurea")]) == 0
+        assert main(["convert", "--input_dir", str(FIXTURES / "published"), *options]) == 1  # it is there already
+        said = capsys.readouterr()
+        assert "AureaForConditionalGeneration" in said.out and said.err.endswith("exists and is not empty.\n")
+
+    def test_what_is_nothing_is_named(self, tmp_path):
+        with pytest.raises(ConversionError, match="nobody/nothing is neither a folder nor a hub id to be had"):
+            main(["convert", "--input_dir", "nobody/nothing", "--output_dir", str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+        assert main(["convert", "--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 1
+        assert not (tmp_path / "out").exists()
+
+    def test_wrong_usage(self, tmp_path, capsys):
+        assert "--output_dir" in refusal(["convert", "--input_dir", tmp_path], capsys)
+        (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+        options = ["--input_dir", tmp_path, "--output_dir", tmp_path / "out", "--dtype", "float32"]
+        assert "unrecognized arguments: --dtype=float32" in refusal(["convert", *options], capsys)
+
+
+class TestTrain:
+    def test_it_trains_as_the_script_does(self, tmp_path):
+        options = ["--dataset", "scenes", "--scenes", "8", "--stage", "align", "--max_steps", "1", "--do_train"]
+        (tmp_path / "run.args").write_text(" ".join(options))
+        options = ["--args_file", str(tmp_path / "run.args"), "--output_dir", str(tmp_path / "trained")]
+        assert main(["train", *options, "--report_to", "none"]) == 0
+        assert (tmp_path / "trained" / "model.safetensors").is_file()
+        assert json.loads((tmp_path / "trained" / "run.json").read_text())["stage"] == "align"
+        state = json.loads((tmp_path / "trained" / "trainer_state.json").read_text())
+        assert state["global_step"] == 1
+
+    def test_all_options_are_its_own(self, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "--help"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 0 and said.startswith("usage: aurea train ")
+        assert "--stage {compose,align,instruct,full}" in said and "--learning_rate" in said
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ([], "required: --dataset"),
+            (["--dataset", "scenes", "--output_dir", "{out}"], "Nothing to do: give --do_train"),
+            (["--args_file", "no.args"], "--args_file no.args does not exist"),
+            (["--dataset", "scenes", "--output_dir", "{out}", "--do_train", "--stages", "align"], "--stages"),
+        ],
+        ids=str,
+    )
+    def test_wrong_usage(self, options, words, tmp_path, capsys):
+        options = [option.format(out=tmp_path / "out") for option in options]
+        assert words in refusal(["train", *options], capsys)
+        assert not (tmp_path / "out").exists()
 
 
 def _said(message: dict) -> tuple[str, int, str]:
