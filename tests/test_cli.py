@@ -24,9 +24,11 @@ from transformers_aurea import (
     convert_aurea_weights_to_hf,
 )
 from transformers_aurea.cli import COMMANDS, main
+from transformers_aurea.cli.answering import user_message
 from transformers_aurea.cli.chat import talk
 from transformers_aurea.cli.convert import CONVERTERS, PUBLISHED
 from transformers_aurea.cli.errors import message
+from transformers_aurea.cli.serve import REQUIRED
 from transformers_aurea.convert_aurea_weights_to_hf import ConversionError
 from transformers_aurea.scenes import make_scene, test_seeds
 from transformers_aurea.training_aurea import set_trainable
@@ -156,10 +158,6 @@ assert not {"torch", "transformers", "transformers_aurea"} & sys.modules.keys()
         )
         done = run(tmp_path / "script.py")
         assert (done.returncode, done.stderr) == (130, "interrupted\n")
-
-    def test_a_missing_server_is_told_with_its_extra(self):
-        error = ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
-        assert message(error).endswith('pip install "transformers-aurea[serve]"')
 
 
 class TestAsk:
@@ -466,6 +464,95 @@ class TestTrain:
         options = [option.format(out=tmp_path / "out") for option in options]
         assert words in refusal(["train", *options], capsys)
         assert not (tmp_path / "out").exists()
+
+
+class TestEvaluate:
+    def test_it_scores_the_embedded_model(self, tmp_path, capsys):
+        output = tmp_path / "scores.json"
+        assert main(["evaluate", "--scenes", "3", "--no_controls", "--output", str(output)]) == 0
+        scores = json.loads(output.read_text())
+        assert scores["all"]["questions"] == sum(len(make_scene(seed)[1]) for seed in test_seeds(3))
+        assert scores["all"]["exact_match"] > 0.9 and "exact" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--scenes", "0"], "aurea evaluate: error: --scenes must be at least 1, not 0"),
+            (["--scenes", "2", "--nonsense"], "unrecognized arguments: --nonsense"),
+            (["--output", "no/such/folder.json"], "there is no folder no/such"),
+        ],
+        ids=str,
+    )
+    def test_wrong_usage(self, options, words, capsys):
+        assert words in refusal(["evaluate", *options], capsys)
+
+
+class TestServe:
+    @pytest.fixture
+    def served(self, monkeypatch) -> list:
+        """What `transformers serve` was asked for, which does nothing but install its hook."""
+        from transformers.cli import transformers as command
+
+        calls = []
+
+        def app(arguments, prog_name):
+            monkeypatch.setattr(sys, "excepthook", print)
+            calls.append(arguments)
+
+        monkeypatch.setattr(command, "app", app)
+        for name in REQUIRED:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        return calls
+
+    def test_it_is_transformers_serve_of_any_model(self, served, tmp_path):
+        hook = sys.excepthook
+        assert main(["serve"]) == main(["serve", "--port", "9"]) == main(["serve", "some/model", "--help"]) == 0
+        embedded = transformers_aurea.embedded_model_path()
+        assert served == [["serve", embedded], ["serve", embedded, "--port", "9"], ["serve", "some/model", "--help"]]
+        assert sys.excepthook is hook
+        with pytest.raises(ValueError, match="is no model: it is not a folder"):
+            main(["serve", str(tmp_path)])
+
+    def test_ctrl_c_ends_it_with_its_status(self, served, monkeypatch):
+        def app(arguments, prog_name):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                raise SystemExit(1) from error
+
+        monkeypatch.setattr(sys.modules["transformers.cli.transformers"], "app", app)
+        assert main(["serve"]) == 130
+
+    def test_what_it_cannot_load_is_named(self, served, monkeypatch):
+        def app(arguments, prog_name):
+            raise OSError("no connection")
+
+        monkeypatch.setattr(sys.modules["transformers.cli.transformers"], "app", app)
+        with pytest.raises(ValueError, match=r"nobody/nothing is no folder, and no hub's model .* no connection"):
+            main(["serve", "nobody/nothing"])
+
+    @pytest.mark.parametrize("name", REQUIRED)
+    def test_what_is_missing_is_told_with_its_extra(self, name, served, monkeypatch):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ModuleNotFoundError) as refused:
+            main(["serve"])
+        assert message(refused.value).endswith('pip install "transformers-aurea[serve]"') and not served
+
+    def test_a_processor_may_stand_for_its_tokenizer_where_answers_are_to_stop(self, picture):
+        model = AureaForConditionalGeneration.from_pretrained(transformers_aurea.embedded_model_path())
+        processor = AureaProcessor.from_pretrained(transformers_aurea.embedded_model_path())
+        inputs = processor.apply_chat_template(
+            [user_message([Image.open(picture)], "Describe the image.")],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        answer = answer_to(SEED, "describe")
+        word = answer.split()[2]
+        tokens = model.generate(**inputs, do_sample=False, stop_strings=[word], tokenizer=processor)
+        said = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert said == answer[: answer.index(word) + len(word)] and said != answer
 
 
 def _said(message: dict) -> tuple[str, int, str]:

@@ -92,7 +92,7 @@ def ask_about_each(args: Namespace, files: list[Path]) -> int:
 
     answer = Answerer(*load(args), args)
     status = 0
-    with tqdm(total=len(files), unit="picture", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(files), unit="picture", disable=None) as bar:
         for start in range(0, len(files), args.batch_size):
             batch = {}
             for file in files[start : start + args.batch_size]:

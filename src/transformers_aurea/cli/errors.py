@@ -3,7 +3,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 
 
@@ -28,7 +27,7 @@ def errors_in_one_line():
         return
 
     def print_error(kind: type[BaseException], error: BaseException, traceback):
-        if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):  # libraries rename it
+        if is_interrupt(error):
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         if isinstance(error, BrokenPipeError):
@@ -51,10 +50,11 @@ def message(error: Exception) -> str:
     return text
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
+def is_interrupt(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what a library made of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _absent_models() -> list[tuple[str, str]]:
