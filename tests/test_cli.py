@@ -196,7 +196,7 @@ class TestAsk:
         main(["ask", "-", question])
         assert capsys.readouterr().out == f"{answer}\n"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        with pytest.raises(ValueError, match="Standard input holds no picture"):
+        with pytest.raises(ValueError, match="Standard input is empty"):
             main(["ask", "-", question])
 
     @pytest.mark.parametrize(
@@ -241,10 +241,11 @@ class TestAsk:
         [
             (["{picture}"], "required: QUESTION"),
             (["{picture}", ""], "the question is empty"),
-            (["no.png", "what?"], "there is no picture no.png"),
+            (["no.png", "what?"], "no.png is no picture: give a file or a URL"),
             (["what?", "{picture}"], "the last argument is the question, but "),
             (["-", "-", "what?"], "give it once"),
             (["{folder}", "{picture}", "what?"], "give it alone"),
+            (["{picture}", "{folder}", "what?"], "give it alone"),
             (["{picture}", "what?", "--colour"], "unrecognized arguments: --colour"),
             (["{picture}", "what?", "--temperature", "warm"], "from 0 to 100, got 'warm'"),
             (["{picture}", "what?", "--temperature", "nan"], "from 0 to 100, got 'nan'"),
@@ -329,7 +330,7 @@ class TestChat:
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
-        [(["-"], "standard input, -, is what you say"), (["no.png"], "there is no picture no.png")],
+        [(["-"], "standard input, -, is what you say"), (["no.png"], "no.png is no picture")],
     )
     def test_wrong_usage(self, arguments, words, capsys):
         assert words in refusal(["chat", *arguments], capsys)
@@ -402,6 +403,7 @@ class TestConvert:
         ],
     )
     def test_what_the_input_is_decides(self, model_type, name, chosen, tmp_path, capsys):
+        (tmp_path / "aureamodel.safetensors").touch()
         if model_type:
             (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
         given = ["--input_dir", str(tmp_path), "--output_dir", "out"]
@@ -422,7 +424,8 @@ class TestConvert:
         with pytest.raises(ConversionError, match="nobody/nothing is neither a folder nor a hub id to be had"):
             main(["convert", "--input_dir", "nobody/nothing", "--output_dir", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
-        assert main(["convert", "--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 1
+        with pytest.raises(ConversionError, match=r"neither aureamodel.safetensors nor a config.json of one of: pali"):
+            main(["convert", "--input_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
 
     def test_wrong_usage(self, tmp_path, capsys):

@@ -77,10 +77,9 @@ def open_picture(name: str) -> Image.Image:
     """
     if name != "-":
         return read_picture(name)
-    try:
-        return read_picture(sys.stdin.buffer.read())
-    except ValueError as error:
-        raise ValueError(f"Standard input holds no picture. {error}") from error
+    if not (data := sys.stdin.buffer.read()):
+        raise ValueError("Standard input is empty: - stands for a picture there.")
+    return read_picture(data)
 
 
 def user_message(pictures: list[Image.Image], text: str) -> dict:

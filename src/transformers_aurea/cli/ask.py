@@ -37,13 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     check(args)
-    [folder, *others] = map(Path, args.pictures)
-    if folder.is_dir() and others:
-        args.parser.error(f"{folder} is a folder, about each of whose pictures is asked: give it alone")
+    if Path(args.pictures[0]).is_dir():
+        return ask_about_each(args, list(pictures_in(Path(args.pictures[0]))))
     from .answering import Answerer, load, open_picture, user_message
 
-    if folder.is_dir():
-        return ask_about_each(args, list(pictures_in(folder)))
     pictures = [open_picture(name) for name in args.pictures]
     answer = Answerer(*load(args), args)
     [text] = answer([[user_message(pictures, args.question)]], stream=not args.json)
@@ -61,7 +58,10 @@ def check(args: Namespace) -> None:
     if args.pictures.count("-") > 1:
         args.parser.error("standard input, -, is one picture: give it once")
     for name in args.pictures:
-        check_picture(args, name)
+        if Path(name).is_dir() and len(args.pictures) > 1:
+            args.parser.error(f"{name} is a folder, about each of whose pictures is asked: give it alone")
+        if name != "-" and not Path(name).is_dir():
+            check_picture(args, name)
     check_generation_arguments(args)
 
 

@@ -39,9 +39,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from ..convert_aurea_weights_to_hf import resolve_input
+    from ..convert_aurea_weights_to_hf import AUREA_FILE, ConversionError, resolve_input
 
     name, kind = converter_of(resolve_input(args.input_dir, ("config.json",)))
+    if name == PUBLISHED and Path(args.input_dir).is_dir() and not Path(args.input_dir, AUREA_FILE).is_file():
+        types = ", ".join(CONVERTERS)
+        raise ConversionError(f"{args.input_dir} has neither {AUREA_FILE} nor a config.json of one of: {types}.")
     print(f"{args.input_dir} is {kind}: transformers_aurea.{name} converts it", flush=True)
     options = ("input_dir", "output_dir", "config", "dtype", "max_shard_size")
     arguments = [f"--{option}={vars(args)[option]}" for option in options if vars(args)[option] is not None]
@@ -56,4 +59,4 @@ def converter_of(folder: Path) -> tuple[str, str]:
     model_type = read_json(file).get("model_type") if file.is_file() else None
     if model_type in CONVERTERS:
         return CONVERTERS[model_type], f"a '{model_type}'"
-    return PUBLISHED, "taken for the published layout"
+    return PUBLISHED, "in the published layout"

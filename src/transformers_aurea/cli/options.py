@@ -81,10 +81,6 @@ def check_generation_arguments(args: Namespace) -> None:
 
 
 def check_picture(args: Namespace, name: str) -> None:
-    """Ends as wrong usage if a picture is named that cannot be there."""
-    if name != "-" and not is_url(name) and not Path(name).exists():
-        args.parser.error(f"there is no picture {name}: give a file, a URL or - for standard input")
-
-
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
+    """Ends as wrong usage if what is named cannot be a picture."""
+    if not name.startswith(("http://", "https://")) and not Path(name).is_file():
+        args.parser.error(f"{name or 'nothing'} is no picture: give a file or a URL")
