@@ -31,7 +31,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import KINDS
 

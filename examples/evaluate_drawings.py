@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 import torch
 from drawings import COLORS, FOREIGN, GROUNDS, KINDS, NOUNS, SHAPES, SIZES, ask, draw, foreign_picture
-from evaluate_scenes import weights_digest
 from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
+from transformers_aurea.evaluate_scenes import weights_digest
 
 
 # What the embedded model says where there is nothing to say; case and a full stop at the end do not count.

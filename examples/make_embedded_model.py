@@ -23,7 +23,7 @@ from transformers_aurea import (
     AureaProcessor,
     embedded_model_path,
 )
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.fusion_aurea import FUSIONS
 from transformers_aurea.scenes import IMAGE_SIZE, VOCABULARY
 

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.data_aurea import AureaDataCollator
 from transformers_aurea.scenes import SceneDataset, make_scene, test_seeds, train_seeds
 

@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 
 
 METRIC = "exact_match"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from transformers_aurea import AureaImageProcessor
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.scenes import (
     COLORS,
     IMAGE_SIZE,

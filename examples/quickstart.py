@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.scenes import make_scene, test_seeds
 
 

@@ -11,7 +11,7 @@ import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.scenes import KINDS
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.image_processing_base import ImageProcessingMixin
 
 from transformers_aurea import AureaForConditionalGeneration, AureaProcessor, embedded_model_path
-from transformers_aurea.command_line import errors_in_one_line
+from transformers_aurea.cli.errors import errors_in_one_line
 
 
 def main():

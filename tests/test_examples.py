@@ -207,7 +207,7 @@ def test_wrong_usage_is_told_before_anything_is_done(script, options, message, t
 
 
 def test_an_error_without_words_is_told_by_its_kind(tmp_path):
-    code = "from transformers_aurea.command_line import errors_in_one_line as begin; begin(); raise MemoryError"
+    code = "from transformers_aurea.cli.errors import errors_in_one_line as begin; begin(); raise MemoryError"
     (tmp_path / "script.py").write_text(code)
     result = run(tmp_path / "script.py")
     assert (result.returncode, result.stderr) == (1, "error: MemoryError (--debug shows where)\n")
@@ -217,7 +217,7 @@ def test_an_error_without_words_is_told_by_its_kind(tmp_path):
 def test_a_missing_package_is_told_with_the_extra_that_installs_it(package, tmp_path):
     code = f"""if True:
         import sys
-        from transformers_aurea.command_line import errors_in_one_line
+        from transformers_aurea.cli.errors import errors_in_one_line
         sys.modules["{package}"] = None  # as if it were not installed
         errors_in_one_line()
         import {package}"""

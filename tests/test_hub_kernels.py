@@ -226,6 +226,17 @@ class TestInPlace:
             assert Path(status.source).parent.parent == kernel
         assert kernel_status(model.model.fusion) == status
 
+    def test_whether_it_could_be_used_is_told_without_weights(self, fake_kernel, tmp_path):
+        with torch.device("meta"):
+            model = AureaForConditionalGeneration(tiny_config())
+        configure_kernel(path=fake_kernel)
+        status = hub_kernels_aurea.usable_kernel(model, torch.device("cpu"))
+        assert (status.implementation, status.source) == ("kernel", str(fake_kernel / "build" / "torch-universal"))
+        configure_kernel(path=tmp_path / "absent")
+        status = hub_kernels_aurea.usable_kernel(model, torch.device("cpu"))
+        assert status.implementation == "pytorch" and "absent failed on cpu at radius 1" in status.reason
+        assert model.kernel_status().reason == hub_kernels_aurea.NOT_ASKED_FOR  # nothing was put in place
+
     def test_the_model_calls_it_once_a_layer(self, fake_kernel, model):
         configure_kernel(path=fake_kernel)
         model.set_use_kernels(True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from transformers_aurea import AureaForConditionalGeneration, embedded_model_path
+from transformers_aurea.evaluate_scenes import weights_digest
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,10 +42,9 @@ def test_the_readme_has_such_blocks():
 def test_scores_are_those_of_the_weights_that_are_there(file):
     model = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
     scores = json.loads((RESULTS / file).read_text())
-    digest = script("examples/evaluate_scenes.py").weights_digest
-    assert scores.get("all", scores)["weights"] == digest(model), "`make renew` measures them anew"
+    assert scores.get("all", scores)["weights"] == weights_digest(model), "`make renew` measures them anew"
     model.model.multi_modal_projector.linear_1.weight.data[0, 0] += 1e-3
-    assert scores.get("all", scores)["weights"] != digest(model)
+    assert scores.get("all", scores)["weights"] != weights_digest(model)
 
 
 class TestRenewing:

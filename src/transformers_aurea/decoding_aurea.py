@@ -1,11 +1,12 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """What `generate` asks of an Aurea: pictures are encoded once, before rows become beams, and kept in the cache."""
 
+from functools import wraps
 from inspect import signature
 
 import torch
 from torch.nn import functional as F
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedTokenizerBase, ProcessorMixin
 
 from .versions_aurea import CACHE_NAME, one_cache
 from .visual_cache_aurea import AureaVisualStatesCacheMixin, holds_visual_states
@@ -19,6 +20,12 @@ VISUAL_INPUTS = ("cross_attention_states", "image_embeds", "num_images")
 
 
 class AureaGenerationMixin(GenerationMixin):
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None, **kwargs):
+        if isinstance(tokenizer, ProcessorMixin):  # `transformers serve` gives it in the tokenizer's place
+            tokenizer = tokenizer.tokenizer
+        return super().generate(*args, tokenizer=tokenizer, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,

@@ -82,6 +82,12 @@ def _open(device: torch.device, radius: int, path: str, repo_id: str, revision: 
     return {type(layer).__name__: layer.forward.__func__ for layer in theirs}, ""
 
 
+def _open_where_named(device: torch.device, radius: int) -> tuple[dict, str]:
+    source = [os.environ.get(f"AUREA_KERNEL_{name}") or default for name, default in SETTINGS.items()]
+    opened = _open if any(source[:2]) else _open.__wrapped__  # what is registered may change
+    return opened(device, radius, *source)
+
+
 def configure_kernel(
     path: str | os.PathLike | None = None,
     repo_id: str | None = None,
@@ -120,6 +126,18 @@ def kernel_status(model: nn.Module) -> AureaKernelStatus:
     return status
 
 
+def usable_kernel(model: nn.Module, device: torch.device) -> AureaKernelStatus:
+    """What would compute a model's spatial-range attention on a device with `use_kernels=True`, and why. The model
+    itself may be elsewhere, also on the meta device."""
+    if not any(type(module).__name__ in NAMES for module in model.modules()):
+        return kernel_status(model)
+    forwards, reason = _open_where_named(device, model.config.feature_fusion_config.radius)
+    if not forwards:
+        return AureaKernelStatus("pytorch", None, reason)
+    [folder] = {str(Path(inspect.getfile(forward)).parent) for forward in forwards.values()}
+    return AureaKernelStatus("kernel", folder, "asked for, it computes what PyTorch does")
+
+
 class AureaHubKernelsMixin:
     """A `PreTrainedModel`'s switch for kernels, so that it follows the model's device and can be switched off."""
 
@@ -147,9 +165,7 @@ class AureaHubKernelsMixin:
             return super().set_use_kernels(use_kernels, kernel_config, mode)
         if not layers or self.device.type == "meta" or type(torch.empty(0)) is not torch.Tensor:  # no data to compare
             return
-        source = [os.environ.get(f"AUREA_KERNEL_{name}") or default for name, default in SETTINGS.items()]
-        opened = _open if any(source[:2]) else _open.__wrapped__  # what is registered may change
-        forwards, reason = opened(self.device, self.config.feature_fusion_config.radius, *source)
+        forwards, reason = _open_where_named(self.device, self.config.feature_fusion_config.radius)
         if reason:
             logger.warning_once(f"Aurea's kernel is not used, PyTorch computes instead. {reason}")
         for layer in layers:
