@@ -14,7 +14,7 @@ and one encoder alone, so wide (`resnet:128`) that its model has as many paramet
 `comparison.json` has, run by run, the scores on test scenes of up to two objects, and what remains of them when one
 encoder sees the mean picture; and, measured one by one at the end, on one core, what each candidate costs and how
 alike the maps of its encoders and its fusion are (see `measure_costs.py`). `comparison.md` has the tables,
-`comparison.svg` a chart (matplotlib: `pip install -e ".[bench]"`). What is there with as many pictures is not run
+`comparison.svg` a chart (extra `visualization`). What is there with as many pictures is not run
 again, and what was cut off goes on where it was.
 """
 
@@ -327,7 +327,7 @@ def main():
     print(tables)
     args.output_dir.joinpath("comparison.md").write_text(tables)
     if find_spec("matplotlib") is None:
-        print('no chart, for matplotlib is missing: pip install "transformers-aurea[bench]"')
+        print('no chart, for matplotlib is missing: pip install "transformers-aurea[visualization]"')
     else:
         draw(found, candidates, sizes, args.output_dir / "comparison.svg")
 

@@ -3,7 +3,7 @@
 
     python examples/plot_training.py trained --output training.svg
 
-Each folder holds the `trainer_state.json` that `train.py` writes. Needs matplotlib: `pip install -e ".[bench]"`.
+Each folder holds the `trainer_state.json` that `train.py` writes. Needs matplotlib (extra `visualization`).
 """
 
 import argparse

@@ -562,3 +562,25 @@ def _said(message: dict) -> tuple[str, int, str]:
     """Role, number of pictures and text."""
     kinds = [part["type"] for part in message["content"]]
     return message["role"], kinds.count("image"), message["content"][-1]["text"]
+
+
+class TestLook:
+    def test_it_draws_where_the_answer_looked(self, picture, tmp_path, capsys):
+        pytest.importorskip("matplotlib")
+        output = tmp_path / "look.png"
+        assert main(["look", picture, "--question", "How many objects are there?", "--output", str(output)]) == 0
+        assert capsys.readouterr().out.splitlines() == [answer_to(SEED, "count"), str(output)]
+        assert Image.open(output).width > 500
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["no.png"], "no.png is no picture"),
+            (["PICTURE", "--question", " "], "the question is empty"),
+            (["PICTURE", "--answer", "two"], "--answer without --question"),
+            (["PICTURE", "--at", "1"], "expected 2 arguments"),
+        ],
+        ids=lambda value: str(value)[:30],
+    )
+    def test_wrong_usage(self, picture, arguments, message, capsys):
+        assert message in refusal(["look", *[picture if one == "PICTURE" else one for one in arguments]], capsys)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 # The extra of this package that installs what a command or an example imports.
 EXTRAS = {
-    "matplotlib": "bench",
+    "matplotlib": "visualization",
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
     **dict.fromkeys(("fastapi", "openai", "pydantic", "uvicorn"), "serve"),
 }
