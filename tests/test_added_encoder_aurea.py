@@ -267,7 +267,8 @@ class TestProcessor:
 def test_the_documentation_runs(tmp_path, monkeypatch):
     """Its blocks about relatives one after the other, in an empty folder."""
     text = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text()
-    blocks = [block.split("```")[0] for block in text.split("## PaliGemma and LLaVA")[1].split("```python")[1:]]
+    text = text.split("## PaliGemma and LLaVA")[1].split("## Prismatic")[0]
+    blocks = [block.split("```")[0] for block in text.split("```python")[1:]]
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:

@@ -347,7 +347,7 @@ def test_an_input_that_does_not_exist_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
-@pytest.mark.parametrize("function", ["save_file", "_write_companions", "_verify_in_new_process"])
+@pytest.mark.parametrize("function", ["save_file", "write_companions", "verify_in_new_process"])
 def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys, function, error):
     def fail(*args, **kwargs):
         raise error
@@ -369,8 +369,8 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch, capsy
 def test_a_terminated_process_leaves_nothing(tmp_path):
     code = (
         "import sys, time; from transformers_aurea import convert_aurea_weights_to_hf as c;"
-        "write = c._write_companions;"
-        "c._write_companions = lambda *a: (print('written', flush=True), time.sleep(60));"
+        "write = c.write_companions;"
+        "c.write_companions = lambda *a: (print('written', flush=True), time.sleep(60));"
         "sys.exit(c.main(sys.argv[1:]))"
     )
     arguments = ["--input_dir", str(FIXTURES / "published"), "--config", str(SIZES), "--output_dir"]

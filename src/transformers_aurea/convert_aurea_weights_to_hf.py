@@ -483,9 +483,9 @@ def convert(
             parameters=sum(tensor.numel() for tensor in tensors.values()),
             dtype=str(config.dtype).removeprefix("torch."),
         )
-        _write_companions(config, companions, card, unfinished)
+        write_companions(config, companions, card, unfinished)
         if verify:
-            _verify_in_new_process(folder, unfinished, __spec__.name)
+            verify_in_new_process(folder, unfinished, __spec__.name)
 
 
 @contextmanager
@@ -547,7 +547,7 @@ def _cast(published: PublishedCheckpoint, name: str, target: torch.Tensor) -> to
     return cast
 
 
-def _write_companions(config: AureaConfig, companions: list, card: str, output: Path):
+def write_companions(config: AureaConfig, companions: list, card: str, output: Path):
     """Configuration, code and model card, and what saves itself: generation settings and processor."""
     with torch.device("meta"):
         model = AureaForConditionalGeneration(config)
@@ -558,7 +558,12 @@ def _write_companions(config: AureaConfig, companions: list, card: str, output: 
     (output / "README.md").write_text(card)
 
 
-def _verify_in_new_process(folder: Path, output: Path, converter: str):
+def verify_in_new_process(folder: Path, output: Path, converter: str):
+    """Runs `converter`, the name of a module, with `--verify` on a folder that it wrote.
+
+    Raises:
+        ConversionError: it found a difference.
+    """
     command = [sys.executable, "-m", converter, "--input_dir", str(folder), "--output_dir", str(output), "--verify"]
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(result.stdout, end="")

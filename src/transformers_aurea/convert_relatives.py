@@ -43,8 +43,6 @@ from . import AureaConfig, AureaForConditionalGeneration, AureaProcessor
 from .convert_aurea_weights_to_hf import (
     INDEX_FILE,
     ConversionError,
-    _verify_in_new_process,
-    _write_companions,
     exit_status,
     is_to_be_verified,
     open_safetensors,
@@ -53,6 +51,8 @@ from .convert_aurea_weights_to_hf import (
     same_bits,
     shard_size,
     unfinished_folder,
+    verify_in_new_process,
+    write_companions,
     write_weights,
 )
 from .modeling_outputs_aurea import AureaModelOutputWithPast
@@ -225,7 +225,7 @@ class SourceCheckpoint:
         places = aurea.state_dict()
         for name in aurea.all_tied_weights_keys:
             del places[name]
-        sources = _source_tensors(folder)
+        sources = source_tensors(folder)
         names = _loaded_names(original, sources)
         if names is None:  # experts that lie one by one in the files, say: the loader puts them together
             sources = type(original).from_pretrained(folder, dtype="auto").state_dict()
@@ -256,7 +256,7 @@ def _our_name(name: str) -> str:
     return PREFIXES.get(prefix, "") + name.removeprefix(prefix)
 
 
-def _source_tensors(folder: Path) -> dict[str, SourceTensor]:
+def source_tensors(folder: Path) -> dict[str, SourceTensor]:
     """All tensors of the folder's files, by the names that they have there."""
     if (folder / INDEX_FILE).is_file():
         files = {folder / file for file in read_json(folder / INDEX_FILE)["weight_map"].values()}
@@ -353,9 +353,9 @@ def convert(folder: Path, output: Path, max_shard_size: str, verify: bool):
     )
     with unfinished_folder(output, source.tensors) as unfinished:
         write_weights(source.read, source.tensors, unfinished, max_shard_size)
-        _write_companions(config, [companion for companion in companions if companion is not None], card, unfinished)
+        write_companions(config, [companion for companion in companions if companion is not None], card, unfinished)
         if verify:
-            _verify_in_new_process(folder, unfinished, __spec__.name)
+            verify_in_new_process(folder, unfinished, __spec__.name)
 
 
 def build_original(folder: Path) -> PreTrainedModel:
@@ -372,6 +372,29 @@ def build_original(folder: Path) -> PreTrainedModel:
         raise ConversionError(f"transformers makes no model of {folder / 'config.json'}: {error}") from error
 
 
+def verify_tensors(source, folder: Path, output: Path):
+    """Compares every tensor of a converted folder with the checkpoint that it was converted from, bit by bit.
+
+    Args:
+        source: the checkpoint, with its `tensors` and `read` of one of them.
+
+    Raises:
+        ConversionError: they differ.
+    """
+    found = {}
+    for path in sorted(output.glob("*.safetensors")):
+        content = open_safetensors(path)
+        found.update(dict.fromkeys(content.keys(), content))
+    for name in source.tensors:
+        if name not in found:
+            raise ConversionError(f"The tensor {name} is missing from {output}.")
+        if not same_bits(found[name].get_tensor(name), source.read(name)):
+            raise ConversionError(f"The tensor {name} of {output} differs from that of {folder}.")
+    if unknown := found.keys() - source.tensors.keys():
+        raise ConversionError(f"The tensor {min(unknown)} of {output} is no part of the model.")
+    print(f"verified: {len(source.tensors)} tensors equal their source")
+
+
 @torch.no_grad()
 def verify_folder(folder: Path, output: Path):
     """Compares a converted folder with the original: every tensor bit by bit, and in float32 what both make of the
@@ -385,18 +408,7 @@ def verify_folder(folder: Path, output: Path):
     with torch.device("meta"):
         aurea = AureaForConditionalGeneration(config)
     source = SourceCheckpoint(folder, original, aurea)
-    found = {}
-    for path in sorted(output.glob("*.safetensors")):
-        content = open_safetensors(path)
-        found.update(dict.fromkeys(content.keys(), content))
-    for name in source.tensors:
-        if name not in found:
-            raise ConversionError(f"The tensor {name} is missing from {output}.")
-        if not same_bits(found[name].get_tensor(name), source.read(name)):
-            raise ConversionError(f"The tensor {name} of {output} differs from that of {folder}.")
-    if unknown := found.keys() - source.tensors.keys():
-        raise ConversionError(f"The tensor {min(unknown)} of {output} is no part of the model.")
-    print(f"verified: {len(source.tensors)} tensors equal their source")
+    verify_tensors(source, folder, output)
     inputs = _example(config, original)
     theirs = _logits(type(original), folder, inputs | {"pixel_values": inputs["pixel_values"][:, 0]})
     ours = _logits(AureaForConditionalGeneration, output, inputs)
