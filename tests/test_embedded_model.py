@@ -109,6 +109,20 @@ def test_unseen_scenes_are_answered_and_black_pictures_are_not(model, processor)
         assert scores["describe"][view] <= 0.05
 
 
+def test_drawings_and_second_questions_are_answered_and_what_cannot_be_is_said(model, processor, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    evaluation = example("evaluate_drawings")
+    plain, rest, _, _ = evaluation.evaluate(model, processor, n=2, seed=100)
+
+    def share(cells):
+        return sum(cell["right"] for cell in cells) / sum(cell["asked"] for cell in cells)
+
+    assert share(plain["all"][kind] for kind in evaluation.JUDGED) >= 0.9
+    assert share(rest[row]["all"] for row in ("second question", "second question, picture shown again")) >= 0.8
+    for row in ("blank picture", "no picture", "foreign question"):
+        assert share([rest[row]["all"]]) >= 0.95, row
+
+
 def test_pipeline_describes_a_scene(tmp_path):
     picture, ((_, question, answer),) = make_scene(UNSEEN[0], kinds=["describe"], max_objects=1)
     pipe = pipeline("image-text-to-text", model=embedded_model_path(), trust_remote_code=True)
