@@ -229,12 +229,8 @@ def main(argv: list[str] | None = None, prog: str | None = None):
         digests = [scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) for seed in seeds]
         equal, trained = sum(digest in counted for digest in digests), counted.total()
         print(f"{equal} of {len(seeds)} test pictures equal one of {trained} training pictures")
-        scores["all"] |= {
-            "pictures": len(seeds),
-            "equal_to_training_pictures": equal,
-            "training_pictures": trained,
-        }
-    scores["all"]["weights"] = weights_digest(model)
+        scores["all"] |= {"equal_to_training_pictures": equal, "training_pictures": trained}
+    scores["all"] |= {"pictures": len(seeds), "weights": weights_digest(model)}
     if args.output:
         args.output.write_text(json.dumps(scores, indent=1) + "\n")
 
