@@ -117,8 +117,8 @@ def test_drawings_and_second_questions_are_answered_and_what_cannot_be_is_said(m
     def share(cells):
         return sum(cell["right"] for cell in cells) / sum(cell["asked"] for cell in cells)
 
-    assert share(plain["all"][kind] for kind in evaluation.JUDGED) >= 0.9
-    assert share(rest[row]["all"] for row in ("second question", "second question, picture shown again")) >= 0.8
+    assert share([plain["all"][kind] for kind in evaluation.JUDGED]) >= 0.9
+    assert share([rest[row]["all"] for row in ("second question", "second question, picture shown again")]) >= 0.8
     for row in ("blank picture", "no picture", "foreign question"):
         assert share([rest[row]["all"]]) >= 0.95, row
 

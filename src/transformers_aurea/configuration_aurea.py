@@ -330,7 +330,8 @@ class AureaConfig(PreTrainedConfig):
         num_image_positions (`int`, *optional*, defaults to 0):
             How many pictures of a row cross-attention blocks can tell apart, by a learned embedding of a picture's
             number that is added to its visual tokens; those beyond share the last one. 0, as published: to the blocks,
-            the pictures that a word sees are one set, and no word can tell the first from the second.
+            the pictures that a word sees are one set, and no word can tell the first from the second. Not for a
+            prefix, whose places in the text tell pictures apart.
         projector_hidden_size (`int`, *optional*):
             Inner width of the projector; by default eight times the channels of the spatial encoder, or of the only
             one, which is four times the published fusion's output.
@@ -799,11 +800,6 @@ class AureaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`prefix_mask` is {self.prefix_mask!r}, but with `connector_type={self.connector_type!r}` no visual "
                 'tokens stand in the text. Leave it out, or choose the connector "prefix" or "both".'
-            )
-        if self.num_image_positions and self.connector_type == "prefix":
-            raise ValueError(
-                f'`num_image_positions` is {self.num_image_positions}, but with `connector_type="prefix"` no '
-                "cross-attention block reads the pictures, and their places in the text tell them apart. Leave it out."
             )
 
     def _validate_cross_attention_layers(self):

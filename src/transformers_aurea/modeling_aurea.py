@@ -108,10 +108,10 @@ class AureaModel(AureaPreTrainedModel):
         self.composition = AureaComposition(config, self.vision_model) if has_composition else None
         self.fusion = make_fusion(config)
         self.multi_modal_projector = AureaMultiModalProjector(config, self.fusion.output_dim)
-        positions = config.num_image_positions
-        self.image_position_embedding = nn.Embedding(positions, config.text_config.hidden_size) if positions else None
         self.language_model = decoder_of(make_causal_lm(config))[1] if language_model is None else language_model
         self.connector = AureaConnector(config)
+        positions = config.num_image_positions if self.connector.weaves else 0
+        self.image_position_embedding = nn.Embedding(positions, config.text_config.hidden_size) if positions else None
         if self.connector.weaves:
             weave_cross_attention(self.language_model, config)
         self._carries_pictures = not self.connector.weaves or carries_cross_attention(self.language_model)
