@@ -498,8 +498,8 @@ class TestServe:
     @pytest.fixture
     def served(self, monkeypatch) -> list:
         """What `transformers serve` was asked for, which does nothing but install its hook."""
-        from transformers.cli import transformers as command
-
+        # some releases import `requests` there, which is none of their requirements
+        command = pytest.importorskip("transformers.cli.transformers", exc_type=ImportError)
         calls = []
 
         def app(arguments, prog_name):
