@@ -687,6 +687,9 @@ class TestPlacement:
         assert {p.device.type for p in model.model.language_model.parameters()} == {"meta"}
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, expected)
+            model.set_attn_implementation("eager")
+            assert len(model(**inputs, output_attentions=True).cross_attentions) == 3
+            model.set_attn_implementation("sdpa")
         settings = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
         whole = AureaForConditionalGeneration.from_pretrained(folder).eval()
         assert torch.equal(model.generate(**inputs, **settings), whole.generate(**inputs, **settings))

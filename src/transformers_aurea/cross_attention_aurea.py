@@ -185,15 +185,17 @@ class AureaWovenDecoderLayerMixin:
         **kwargs,
     ):
         *args, cross_attention_states = args
-        visual_inputs = (cross_attention_states, cross_attention_mask, rows_with_image, visual_cache, cross_attentions)
+        visual_inputs = (cross_attention_states, cross_attention_mask, rows_with_image)
+        # By name: accelerate's hooks, which copy lists, leave these alone.
+        kept = {"visual_cache": visual_cache, "cross_attentions": cross_attentions}
         has_image = cross_attention_states is not None or visual_cache is not None
         if has_image and self.cross_attention_block is not None:
-            hidden_states = self.cross_attention_block(hidden_states, *visual_inputs)
+            hidden_states = self.cross_attention_block(hidden_states, *visual_inputs, **kept)
         output = super().forward(hidden_states, *args, **kwargs)
         if has_image and self.closing_cross_attention_block is not None:
             if isinstance(output, tuple):
-                return (self.closing_cross_attention_block(output[0], *visual_inputs), *output[1:])
-            return self.closing_cross_attention_block(output, *visual_inputs)
+                return (self.closing_cross_attention_block(output[0], *visual_inputs, **kept), *output[1:])
+            return self.closing_cross_attention_block(output, *visual_inputs, **kept)
         return output
 
 

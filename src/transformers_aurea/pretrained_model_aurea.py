@@ -28,7 +28,7 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "cache", "visual_cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "visual_cache", "cross_attentions"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
