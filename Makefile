@@ -22,7 +22,7 @@ bench:
 	python benchmarks/benchmark_spatial_range_attention.py --kernel hub_kernels/spatial-range-attention/build
 	python benchmarks/draw_chart.py
 
-# What README and docs print of the embedded model. The first takes half an hour on two cores, the last a minute.
+# What README and docs print of the embedded model: measured, then written.
 EMBEDDED = benchmarks/results/embedded_model
 renew:
 	python examples/evaluate_scenes.py --scenes 1000 --train_args examples/embedded.args examples/embedded_open.args --output $(EMBEDDED)/scores.json

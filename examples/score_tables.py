@@ -40,11 +40,11 @@ def scenes_table(scores: dict) -> list[list[str]]:
 def drawings_table(scores: dict) -> list[list[str]]:
     """By sheet and by size, and by kind of question, what is right of drawings."""
     sums = defaultdict(lambda: defaultdict(Counter))
-    for row, cells in scores["plain"].items():
-        for name in row.split():  # a sheet and a size, or all
-            for kind, cell in cells.items():
-                sums[name][kind].update(cell)
-    sums["all"] = sums.pop("all")  # last
+    for place in (0, 1):  # a sheet, then a size; all, which is neither, last
+        for row, cells in scores["plain"].items():
+            for kind, cell in cells.items() if row != "all" else ():
+                sums[row.split()[place]][kind].update(cell)
+    sums["all"] = scores["plain"]["all"]
     columns = [kind for kind in (*KINDS, "all") if kind in sums["all"]]
     head = [f"{sums['all']['all']['asked']:,} questions", *(NAMES.get(kind, kind) for kind in columns)]
     rows = [

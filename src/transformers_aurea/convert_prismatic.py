@@ -12,7 +12,6 @@ in the precision that it has. With `--verify` a new process reads OUT back and c
 given an OUT converted before, it does only that.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -32,18 +31,14 @@ from transformers.image_utils import PILImageResampling
 from . import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
 from .convert_aurea_weights_to_hf import (
     ConversionError,
-    exit_status,
-    is_to_be_verified,
     open_safetensors,
     read_json,
-    resolve_input,
-    shard_size,
     unfinished_folder,
     verify_in_new_process,
     write_companions,
     write_weights,
 )
-from .convert_relatives import OTHER_FILES, SourceTensor, source_tensors, verify_tensors
+from .convert_relatives import SourceTensor, run_converter, source_tensors, verify_tensors
 from .parts_aurea import IMAGE_TOKEN, image_token, load_tokenizer
 from .processing_aurea import CONTENT_TEMPLATE
 
@@ -483,30 +478,8 @@ def verify_folder(folder: Path, output: Path):
     verify_tensors(PrismaticCheckpoint(folder, build_model(config)), folder, output)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", required=True, help="folder of a Prismatic VLM or an OpenVLA, or hub id")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must not exist or be empty")
-    parser.add_argument(
-        "--max_shard_size", type=shard_size, default="5GB", help="largest file to write (default: 5GB)"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read the folder back in a new process and compare every bit"
-    )
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-
-    def run():
-        folder = resolve_input(args.input_dir, ("*.safetensors", *OTHER_FILES))
-        if is_to_be_verified(args):
-            verify_folder(folder, args.output_dir)
-        else:
-            convert(folder, args.output_dir, args.max_shard_size, args.verify)
-
-    return exit_status(run)
+    return run_converter(argv, __doc__, "a Prismatic VLM or an OpenVLA", convert, verify_folder)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ what they say; given an OUT converted before, it does only that.
 import argparse
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -457,9 +457,17 @@ def _verify_processor(folder: Path, output: Path):
     print("verified: the processors give the same tokens and pixels")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input_dir", required=True, help="folder of a PaliGemma or LLaVA, or hub id")
+def run_converter(
+    argv: list[str] | None,
+    description: str,
+    kind: str,
+    convert: Callable[[Path, Path, str, bool], None],
+    verify_folder: Callable[[Path, Path], None],
+) -> int:
+    """Converts a folder of some kind, or verifies one that was converted, as the arguments say; the status of the
+    process."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input_dir", required=True, help=f"folder of {kind}, or hub id")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument(
         "--max_shard_size", type=shard_size, default="5GB", help="largest file to write (default: 5GB)"
@@ -467,11 +475,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="read the folder back in a new process and compare it with the original"
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
 
     def run():
         folder = resolve_input(args.input_dir, ("*.safetensors", *OTHER_FILES))
@@ -481,6 +485,10 @@ def main(argv: list[str] | None = None) -> int:
             convert(folder, args.output_dir, args.max_shard_size, args.verify)
 
     return exit_status(run)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_converter(argv, __doc__, "a PaliGemma or LLaVA", convert, verify_folder)
 
 
 if __name__ == "__main__":
