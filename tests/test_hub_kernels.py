@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from test_integrations_aurea import (
     CODE_FILES,
     LANGUAGE_MODEL_TARGETS,
+    PROCESSING_CODE,
     Collator,
     example_rows,
     lora_model,
@@ -308,7 +309,7 @@ class TestInPlace:
         model.set_use_kernels(True)
         model.save_pretrained(tmp_path / "with")
         names = {path.name for path in (tmp_path / "with").iterdir()}
-        assert names >= CODE_FILES - {"processing_aurea.py", "image_processing_aurea.py"} | {"hub_kernels_aurea.py"}
+        assert names >= CODE_FILES - PROCESSING_CODE | {"hub_kernels_aurea.py"}
         assert names == {path.name for path in (tmp_path / "without").iterdir()}
         for name in names:
             assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name

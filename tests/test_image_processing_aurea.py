@@ -3,10 +3,15 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +23,7 @@ from PIL import Image, ImageCms
 from safetensors.torch import load_file
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from transformers_aurea import image_processing_aurea
+from transformers_aurea import image_processing_aurea, pictures_aurea, resizing_aurea
 from transformers_aurea.image_processing_aurea import AureaImageProcessor
 
 
@@ -139,7 +144,7 @@ def test_cpu_without_wide_vector_units_resizes_to_the_same_levels(picture):
     output = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
     array = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     for mode, expected in zip(("bilinear", "bicubic"), torch.load(io.BytesIO(output))):
-        resized = image_processing_aurea.resize_and_crop(array, (112, 130), None, mode)
+        resized = resizing_aurea.resize_and_crop(array, (112, 130), None, mode)
         assert torch.equal(resized, expected[0])
 
 
@@ -150,20 +155,20 @@ def test_cpu_without_wide_vector_units_resizes_to_the_same_levels(picture):
 @pytest.mark.parametrize("size", [(130, 150), (90, 231), (33, 17), (256, 256), (1, 9)])
 @pytest.mark.parametrize("limit", [2**26, 2000])
 def test_two_passes_in_parts_equal_the_resize_in_one(monkeypatch, size, mode, limit):
-    monkeypatch.setattr(image_processing_aurea, "MAX_NUMBERS_PER_PASS", limit)
+    monkeypatch.setattr(resizing_aurea, "MAX_NUMBERS_PER_PASS", limit)
     picture = torch.randint(0, 256, (3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for target, crop in (((128, 147), (112, 112)), ((64, 200), (64, 51)), (size, (1, 5)), ((70, 70), None)):
         whole = torch.nn.functional.interpolate(picture[None], target, mode=mode, antialias=True)[0]
         crop_size = crop or target
         top, left = (round((have - keep) / 2) for have, keep in zip(target, crop_size))
         expected = whole[:, top : top + crop_size[0], left : left + crop_size[1]]
-        assert torch.equal(image_processing_aurea.resize_and_crop(picture, target, crop, mode), expected)
+        assert torch.equal(resizing_aurea.resize_and_crop(picture, target, crop, mode), expected)
 
 
 @pytest.mark.parametrize("width, left", [(147, 18), (145, 16), (149, 18), (151, 20), (113, 0), (115, 2)])
 def test_crop_starts_at_half_rounded_to_even(width, left):
     picture = torch.arange(width, dtype=torch.uint8).expand(3, 112, width)
-    cropped = image_processing_aurea.resize_and_crop(picture, (112, width), (112, 112), None)
+    cropped = resizing_aurea.resize_and_crop(picture, (112, width), (112, 112), None)
     assert cropped[0, 0].tolist() == list(range(left, left + 112))
 
 
@@ -173,6 +178,41 @@ def test_picture_smaller_than_the_crop_is_centred_on_zeros():
     inside = torch.zeros(112, 112)
     inside[:, 30:81] = 7
     assert torch.equal(views, inside.expand(2, 3, 112, 112))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest-exact"])
+def test_a_part_of_a_pass_equals_that_part_of_the_whole(monkeypatch, mode):
+    """Of any sizes, up and down, at the borders and inside."""
+    monkeypatch.setattr(resizing_aurea, "MAX_SURPLUS", 0)
+    dice = random.Random(0)
+    for _ in range(120):
+        size, target = ([dice.choice((dice.randint(1, 60), dice.randint(1, 400))) for _ in range(2)] for _ in range(2))
+        crop = [dice.randint(1, length) for length in target]
+        picture = torch.from_numpy(np.frombuffer(dice.randbytes(3 * math.prod(size)), np.uint8).copy()).view(*size, 3)
+        picture = picture.permute(2, 0, 1)
+        whole = torch.nn.functional.interpolate(picture[None], target, mode=mode, antialias=mode != "nearest-exact")
+        top, left = (round((have - keep) / 2) for have, keep in zip(target, crop))
+        expected = whole[0, :, top : top + crop[0], left : left + crop[1]]
+        assert torch.equal(resizing_aurea.resize_and_crop(picture, target, crop, mode), expected), (size, target, crop)
+
+
+@pytest.mark.parametrize("size", [(20, 100_000), (100_000, 20)])
+def test_a_long_picture_costs_what_is_kept_of_it(monkeypatch, size):
+    """Not what it would be resized to, 1.3 million pixels on the long side, nor what lies between the two passes."""
+    monkeypatch.setattr(resizing_aurea, "MAX_NUMBERS_PER_PASS", 2**20)
+    numbers = []
+    for owner, name in ((torch.nn.functional, "interpolate"), (torch, "zeros"), (torch, "cat")):
+        original = getattr(owner, name)
+
+        def count(*args, original=original, **kwargs):
+            result = original(*args, **kwargs)
+            numbers.append(result.numel())
+            return result
+
+        monkeypatch.setattr(owner, name, count)
+    long = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+    AureaImageProcessor()(long, return_tensors="pt")
+    assert numbers and max(numbers) <= 2 * 2**20
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (20000, 10), (10, 20000), (1, 300)])
@@ -189,11 +229,11 @@ def test_extreme_shape_equals_the_crop_of_the_whole():
 
 
 def test_longest_side_allowed_is_allowed(monkeypatch):
-    monkeypatch.setattr(image_processing_aurea, "MAX_RESIZED_LENGTH", 64)
+    monkeypatch.setattr(resizing_aurea, "MAX_RESIZED_LENGTH", 64)
     picture = torch.zeros(3, 9, 9, dtype=torch.uint8)
-    assert image_processing_aurea.resize_and_crop(picture, (64, 5), None, "bilinear").shape == (3, 64, 5)
+    assert resizing_aurea.resize_and_crop(picture, (64, 5), None, "bilinear").shape == (3, 64, 5)
     with pytest.raises(ValueError, match="65 pixels long, more than 64"):
-        image_processing_aurea.resize_and_crop(picture, (65, 5), None, "bilinear")
+        resizing_aurea.resize_and_crop(picture, (65, 5), None, "bilinear")
 
 
 def test_no_pictures_have_the_size_of_the_canvas():
@@ -453,19 +493,157 @@ def test_orientation_is_applied_to_files_but_not_to_pictures_in_memory(processor
     assert not torch.equal(upright, stored)
 
 
-def test_picture_from_a_url_is_turned_upright_and_laid_on_white(processor, picture, tmp_path):
+class PictureRequests(SimpleHTTPRequestHandler):
+    """Files of a folder, redirects, and answers that do not end."""
+
+    def do_GET(self):
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            self.end_headers()
+        elif self.path in ("/endless", "/slow"):
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the other side hangs up
+                while True:
+                    self.wfile.write(bytes(1 if self.path == "/slow" else 2**16))
+                    time.sleep(0.02 if self.path == "/slow" else 0)
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """Of a server on this machine, from which pictures may be fetched."""
+    monkeypatch.setenv("AUREA_PRIVATE_URLS", "1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(PictureRequests, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_picture_from_a_url_is_turned_upright_and_laid_on_white(processor, picture, tmp_path, address):
     rotated_file(picture, tmp_path)
     Image.new("LA", (9, 9)).save(tmp_path / "transparent.png")
-    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *args: None})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=tmp_path)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        turned, white = pixels(processor, f"{address}/rotated.png"), levels(processor, f"{address}/transparent.png")
-        with pytest.raises(ValueError, match=r"missing\.png.*404"):
-            pixels(processor, f"{address}/missing.png")
-        server.shutdown()
+    turned, white = pixels(processor, f"{address}/rotated.png"), levels(processor, f"{address}/transparent.png")
+    with pytest.raises(ValueError, match=r"missing\.png.*404"):
+        pixels(processor, f"{address}/missing.png")
+    assert torch.equal(turned, pixels(processor, f"{address}/to/{address}/rotated.png"))
     assert torch.equal(turned, pixels(processor, picture.rotate(-90, expand=True)))
     assert white.min() == 255
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "[::ffff:10.1.1.1]"]
+)
+def test_private_addresses_are_asked_only_where_that_is_allowed(processor, host, monkeypatch):
+    """Those of the machine, its link and its network, whatever name they have."""
+    for value in (None, "0"):
+        monkeypatch.delenv("AUREA_PRIVATE_URLS", raising=False)
+        if value:
+            monkeypatch.setenv("AUREA_PRIVATE_URLS", value)
+        with pytest.raises(ValueError, match=r"no public address: set AUREA_PRIVATE_URLS=1"):
+            pixels(processor, f"http://{host}:1/a.png")
+        with pytest.raises(ValueError, match=r"no public address: set AUREA_PRIVATE_URLS=1"):
+            pixels(processor, f"https://{host}:1/a.png")
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/a.png", "file:///etc/hostname"])
+def test_redirects_lead_to_no_other_scheme(processor, address, target):
+    with pytest.raises(ValueError, match=f"(it redirects from http to ftp|Redirection to url) ?.*'{target}'"):
+        pixels(processor, f"{address}/to/{target}")
+
+
+def test_downloads_end(processor, address, monkeypatch):
+    monkeypatch.setattr(pictures_aurea, "MAX_DOWNLOAD_BYTES", 2**20)
+    with pytest.raises(ValueError, match="it has more than the 1048576 bytes that are downloaded at most"):
+        pixels(processor, f"{address}/endless")
+    monkeypatch.setattr(pictures_aurea, "DOWNLOAD_SECONDS", 0.5)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"it did not come in 0\.5 seconds"):
+        pixels(processor, f"{address}/slow")
+    assert time.monotonic() - start < 5
+
+
+def test_headers_that_trickle_in_end_too(processor, monkeypatch):
+    monkeypatch.setenv("AUREA_PRIVATE_URLS", "1")
+    monkeypatch.setattr(pictures_aurea, "DOWNLOAD_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                while True:
+                    connection.sendall(b"H")
+                    time.sleep(0.02)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"it did not come in 0\.5 seconds"):
+            pixels(processor, f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
+        assert time.monotonic() - start < 5
+
+
+def test_too_many_pixels_name_the_limit(processor, tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 449)
+    with pytest.raises(ValueError, match=r"large\.png.*limit of 898 pixels.*Raise `PIL.Image.MAX_IMAGE_PIXELS`"):
+        pixels(processor, tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 450)
+    with pytest.warns(Image.DecompressionBombWarning):
+        pixels(processor, tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_are_laid_on_white_in_strips(processor, monkeypatch, mode):
+    colors = np.random.default_rng(0).integers(0, 256, (33, 20, 4), np.uint8)
+    transparent = Image.fromarray(colors).convert(mode)
+    whole = pixels(processor, transparent)
+    for number in (1, 20, 45):
+        monkeypatch.setattr(image_processing_aurea, "PIXELS_PER_STRIP", number)
+        assert torch.equal(pixels(processor, transparent), whole)
+    rgba = np.array(transparent.convert("RGBA"))
+    assert torch.equal(pixels(processor, rgba), whole)
+    color, alpha = rgba[..., :3].astype(np.float32), rgba[..., 3:].astype(np.float32) / 255
+    on_white = (alpha * color + (1 - alpha) * 255).astype(np.uint8)
+    assert torch.equal(pixels(processor, on_white), whole)
+
+
+def test_arrays_of_any_layout_in_memory(processor, picture):
+    array = np.array(picture)
+    expected = pixels(processor, picture)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    for same in (np.asfortranarray(array), array[::-1].copy()[::-1], np.flip(np.flip(array, 1).copy(), 1), read_only):
+        assert torch.equal(pixels(processor, same), expected)
+    assert np.array_equal(read_only, np.array(picture))
+
+
+@pytest.mark.parametrize("prefix", ["", "spatial_"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("image_mean", [0.5, 0.5], "`{}image_mean` must be one number or one per channel: 3, got 2"),
+        ("image_std", [0.5, 0.5], "`{}image_std` must be one number or one per channel: 3, got 2"),
+        ("image_mean", [0.5] * 4, "`{}image_mean` must be one number or one per channel: 3, got 4"),
+        ("image_mean", float("nan"), "`{}image_mean` must be finite numbers, got nan"),
+        ("image_std", [0.5, float("inf"), 0.5], r"`{}image_std` must be finite numbers, got \(0.5, inf, 0.5\)"),
+        ("image_std", ["a", 0.5, 0.5], "`{}image_std` must be finite numbers"),
+        ("size", {"height": 20.5, "width": 20}, "`{}size` must have the keys .* with positive integers"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(picture, prefix, name, value, message):
+    with pytest.raises(ValueError, match=message.format(prefix)):
+        AureaImageProcessor(**{f"{prefix}{name}": value})(picture)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "255"])
+def test_a_rescale_factor_is_a_number(picture, value):
+    with pytest.raises(ValueError, match="`rescale_factor` must be finite numbers"):
+        AureaImageProcessor(rescale_factor=value)(picture)
 
 
 def test_lists_of_every_shape_give_one_row_per_picture(processor, picture):

@@ -35,10 +35,12 @@ CODE_FILES = {
     "name_tables_aurea.py",
     "own_fusion_aurea.py",
     "parts_aurea.py",
+    "pictures_aurea.py",
     "prefix_trial_aurea.py",
     "pretrained_model_aurea.py",
     "processing_aurea.py",
     "projector_aurea.py",
+    "resizing_aurea.py",
     "spatial_range_attention_aurea.py",
     "versions_aurea.py",
     "vision_encoder_aurea.py",
@@ -46,6 +48,7 @@ CODE_FILES = {
     "visual_context_aurea.py",
     "weaving_aurea.py",
 }
+PROCESSING_CODE = {"processing_aurea.py", "image_processing_aurea.py", "pictures_aurea.py", "resizing_aurea.py"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 ALL_FILES = MODEL_FILES | PROCESSOR_FILES | CODE_FILES
@@ -502,8 +505,7 @@ class TestTrl:
 class TestPushToHub:
     def test_model_and_processor_make_a_complete_repository(self, golden_model, golden_processor, uploads, tmp_path):
         golden_model.push_to_hub("someone/aurea")
-        processing = {"processing_aurea.py", "image_processing_aurea.py"}
-        assert uploads.keys() >= MODEL_FILES | CODE_FILES - processing
+        assert uploads.keys() >= MODEL_FILES | CODE_FILES - PROCESSING_CODE
         golden_processor.push_to_hub("someone/aurea")
         assert uploads.keys() - {"README.md"} == ALL_FILES
         config = json.loads(uploads["config.json"])
@@ -519,7 +521,7 @@ class TestPushToHub:
 
     def test_the_processor_alone_brings_its_code(self, golden_processor, uploads):
         golden_processor.push_to_hub("someone/processor")
-        assert PROCESSOR_FILES | {"processing_aurea.py", "image_processing_aurea.py"} <= uploads.keys()
+        assert uploads.keys() >= PROCESSOR_FILES | PROCESSING_CODE
         auto_map = json.loads(uploads["processor_config.json"])["auto_map"]
         assert auto_map["AutoProcessor"] == AUTO_MAP["AutoProcessor"]
 

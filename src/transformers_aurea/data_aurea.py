@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from .image_processing_aurea import ENCODED, read_picture
+from .pictures_aurea import ENCODED, read_picture
 from .processing_aurea import AureaProcessor
 
 

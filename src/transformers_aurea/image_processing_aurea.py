@@ -11,14 +11,8 @@ hold for both. Pixels are resized as 8-bit numbers by torch's own antialiased ke
 exactly and needs no torchvision.
 """
 
-import base64
-import io
-import os
-import struct
-import urllib.request
-from collections.abc import Iterator, Mapping
-from http.client import HTTPException
-from typing import NamedTuple, get_args
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -42,6 +36,9 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import logging
 
+from .pictures_aurea import ENCODED, PICTURE_ERRORS, read_picture, shorten
+from .resizing_aurea import crop_start, resize_and_crop
+
 
 logger = logging.get_logger(__name__)
 
@@ -50,22 +47,8 @@ INTERPOLATION_MODES = {
     PILImageResampling.BILINEAR: "bilinear",
     PILImageResampling.BICUBIC: "bicubic",
 }
-MODES_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-# One pass of a resize handles at most about this many numbers at a time, so that a picture of 20000×10 stays cheap.
-MAX_NUMBERS_PER_PASS = 2**26
-# Beyond this length the table of interpolation weights alone takes hundreds of megabytes.
-MAX_RESIZED_LENGTH = 2**22
-DOWNLOAD_TIMEOUT = 60  # seconds
-
-EncodedPicture = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | Mapping
-ENCODED = get_args(EncodedPicture)
-# What Pillow's decoders run into in broken files: what `PIL.Image.open` itself expects of them, which `load` and
-# `exif_transpose` may meet later on, and what 36,000 mutated files in all 26 formats that Pillow writes led to.
-PICTURE_ERRORS = (
-    *(SyntaxError, LookupError, TypeError, struct.error, EOFError),
-    *(OSError, ValueError, RuntimeError, AttributeError, PIL.Image.DecompressionBombError),
-    HTTPException,  # of a URL
-)
+# Transparent pictures are laid on white so many pixels at a time.
+PIXELS_PER_STRIP = 2**18
 
 SizeSetting = int | list[int] | tuple[int, ...] | dict[str, int] | SizeDict | None
 
@@ -197,7 +180,7 @@ class AureaImageProcessor(PilBackend):
             return images
         raise TypeError(
             f"A picture must be a PIL image, a NumPy array, a tensor, a path, a URL, a base64 string, bytes, a binary "
-            f"file or a dictionary of `bytes` and `path`, got {type(images).__name__}: {_shorten(images)}"
+            f"file or a dictionary of `bytes` and `path`, got {type(images).__name__}: {shorten(images)}"
         )
 
     def _preprocess_image_like_inputs(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
@@ -228,7 +211,10 @@ class AureaImageProcessor(PilBackend):
                 array = (array.float() if array.is_floating_point() else array).numpy()
             if input_data_format is None and array.ndim == 3:
                 input_data_format = _infer_data_format(image)
-        picture = torch.from_numpy(np.array(_to_channels_first(array, input_data_format), order="C"))
+        array = _to_channels_first(array, input_data_format)
+        if not array.flags.writeable or min(array.strides) < 0:  # neither of which torch takes as it is
+            array = array.copy(order="K")
+        picture = torch.from_numpy(array)
         return _to_three_channels(picture) if do_convert_rgb else picture
 
     def _standardize_kwargs(self, **kwargs) -> dict:
@@ -251,12 +237,11 @@ class AureaImageProcessor(PilBackend):
                 _check_size(f"{prefix}crop_size", crop_size, (("height", "width"),))
             if kwargs["do_normalize"]:
                 for name in (f"{prefix}image_mean", f"{prefix}image_std"):
-                    if kwargs[name] is None:
-                        raise ValueError(f"`{name}` must be given, or `do_normalize` be False")
+                    _check_numbers(name, kwargs[name], "do_normalize")
                 if not np.all(np.asarray(kwargs[f"{prefix}image_std"])):
                     raise ValueError(f"`{prefix}image_std` must not contain 0, got {kwargs[f'{prefix}image_std']}")
-        if kwargs["do_rescale"] and kwargs["rescale_factor"] is None:
-            raise ValueError("`rescale_factor` must be given, or `do_rescale` be False")
+        if kwargs["do_rescale"]:
+            _check_numbers("rescale_factor", kwargs["rescale_factor"], "do_rescale")
         if kwargs["do_pad"] or kwargs["pad_size"] is not None:
             raise ValueError("`do_pad` and `pad_size` have no meaning here: views are padded to the larger of the two")
 
@@ -287,7 +272,7 @@ class AureaImageProcessor(PilBackend):
         """Resized, cropped, rescaled and normalised: `(channels, height, width)`, float32."""
         mode = INTERPOLATION_MODES[kwargs[f"{prefix}resample"]] if kwargs["do_resize"] else None
         view = resize_and_crop(picture, *_resized_and_cropped(*picture.shape[-2:], prefix, **kwargs), mode)
-        view = view.to(torch.float32) * unit
+        view = view.contiguous().to(torch.float32) * unit  # from here on channel by channel
         if kwargs["do_rescale"]:
             if unit != 1:
                 logger.warning_once(
@@ -300,55 +285,6 @@ class AureaImageProcessor(PilBackend):
         return view
 
 
-def read_picture(source: EncodedPicture) -> PIL.Image.Image:
-    """A picture decoded and turned as its EXIF orientation says.
-
-    Args:
-        source: a path, an http(s) URL, a base64 string, bytes, a binary file (read from its start), or a dictionary of
-            `bytes` and, where these are `None`, `path`.
-
-    Raises:
-        ValueError: `source` is none of these, or what it names is no picture or is truncated.
-    """
-    try:
-        with PIL.Image.open(_open_source(source)) as image:
-            image.load()
-            return PIL.ImageOps.exif_transpose(image)
-    except PICTURE_ERRORS as error:
-        raise ValueError(f"The picture {_shorten(source)} cannot be read: {error}") from error
-
-
-def _open_source(source: EncodedPicture) -> str | io.BytesIO:
-    """A path that exists, or the bytes of a picture."""
-    if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
-        if source is None:
-            raise ValueError("it has neither `bytes` nor a `path`")
-    if isinstance(source, io.IOBase):
-        if source.seekable():
-            source.seek(0)
-        source = source.read()
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return io.BytesIO(source)
-    source = os.fspath(source)
-    if source.startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "transformers-aurea"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            return io.BytesIO(response.read())
-    return source if os.path.isfile(source) else io.BytesIO(_decode_base64(source))
-
-
-def _decode_base64(text: str) -> bytes:
-    try:
-        data = base64.b64decode("".join((text.partition("base64,")[2] or text).split()), validate=True)
-        PIL.Image.open(io.BytesIO(data)).close()
-    except (ValueError, PIL.UnidentifiedImageError) as error:
-        raise ValueError(
-            "it is neither an existing file, nor a URL that starts with http:// or https://, nor a picture in base64"
-        ) from error
-    return data
-
-
 def flatten_pictures(images) -> Iterator:
     """The single pictures of an arbitrarily nested list; an array with four dimensions is a list of pictures."""
     if isinstance(images, (list, tuple)) or (not is_pil_image(images) and images.ndim == 4):
@@ -356,49 +292,6 @@ def flatten_pictures(images) -> Iterator:
             yield from flatten_pictures(image)
     else:
         yield images
-
-
-def resize_and_crop(
-    picture: torch.Tensor, size: tuple[int, int], crop_size: tuple[int, int] | None, mode: str | None
-) -> torch.Tensor:
-    """Resizes `(channels, height, width)` to `size` and keeps the centre of `crop_size`, with zeros where it is short.
-
-    The crop starts at `int(round((length - crop) / 2))`, Python's rounding half to even, as in torchvision. Torch's
-    8-bit kernel works in two passes, width first, with an 8-bit result between them; the passes are done one by one
-    here, so that only what the crop keeps goes through the second one. The numbers are the same.
-    """
-    crop_size, padding = crop_size or size, []
-    for dim in (-1, -2):
-        start, kept = _crop_start(size[dim], crop_size[dim]), min(size[dim], crop_size[dim])
-        picture = _resize_along(picture, dim, size[dim], max(0, start), kept, mode)
-        padding += [max(0, -start), crop_size[dim] - kept - max(0, -start)]
-    return torch.nn.functional.pad(picture, padding) if any(padding) else picture
-
-
-def _crop_start(length: int, crop: int) -> int:
-    """The first entry that a centred crop keeps; below 0, so many zeros stand before the first."""
-    return round((length - crop) / 2) if crop <= length else -((crop - length) // 2)
-
-
-def _resize_along(
-    picture: torch.Tensor, dim: int, length: int, start: int, kept: int, mode: str | None
-) -> torch.Tensor:
-    """One pass: resizes along `dim` to `length` and keeps `kept` entries from `start` on."""
-    if picture.shape[dim] == length:
-        return picture.narrow(dim, start, kept)
-    if length > MAX_RESIZED_LENGTH:
-        raise ValueError(
-            f"resized, it would be {length} pixels long, more than {MAX_RESIZED_LENGTH}: its sides differ too much. "
-            f"Crop it first, or give `size` or `spatial_size` as height and width"
-        )
-    other = -3 - dim
-    rows_per_part = max(1, MAX_NUMBERS_PER_PASS // (picture.shape[0] * max(length, picture.shape[dim])))
-    parts = []
-    for part in picture.split(rows_per_part, dim=other):
-        size = [length, part.shape[-1]] if dim == -2 else [part.shape[-2], length]
-        part = torch.nn.functional.interpolate(part[None], size=size, mode=mode, antialias=mode != "nearest-exact")[0]
-        parts.append(part.narrow(dim, start, kept).contiguous())  # a copy, or the whole part would stay in memory
-    return torch.cat(parts, dim=other)
 
 
 def _resized_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
@@ -419,7 +312,7 @@ def _view_frame(height: int, width: int, prefix: str, **kwargs) -> AureaViewFram
     size, crop_size = _resized_and_cropped(height, width, prefix, **kwargs)
     edges = []
     for length, resized, crop in zip((height, width), size, crop_size):
-        start = _crop_start(resized, crop)
+        start = crop_start(resized, crop)
         edges.append((start * length / resized, (start + crop) * length / resized))
     (top, bottom), (left, right) = edges
     return AureaViewFrame(left, top, right, bottom, *crop_size)
@@ -442,9 +335,18 @@ def _canvas_size(**kwargs) -> tuple[int, int]:
 
 def _check_size(name: str, size: SizeDict | None, allowed_keys: tuple[tuple[str, ...], ...]):
     given = dict(size) if size is not None else {}
-    if tuple(given) not in allowed_keys or any(length < 1 for length in given.values()):
+    lengths = given.values()
+    if tuple(given) not in allowed_keys or not all(isinstance(length, int) and length >= 1 for length in lengths):
         allowed = " or ".join(str(list(keys)) for keys in allowed_keys)
-        raise ValueError(f"`{name}` must have the keys {allowed} with positive numbers, got {size and given}")
+        raise ValueError(f"`{name}` must have the keys {allowed} with positive integers, got {size and given}")
+
+
+def _check_numbers(name: str, values, switch: str):
+    if values is None:
+        raise ValueError(f"`{name}` must be given, or `{switch}` be False")
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        raise ValueError(f"`{name}` must be finite numbers, got {values}")
 
 
 def _infer_data_format(picture: np.ndarray | torch.Tensor) -> ChannelDimension:
@@ -505,7 +407,7 @@ def _scale_16_bit(array: np.ndarray) -> np.ndarray:
 
 
 def _pil_to_rgb(image: PIL.Image.Image) -> np.ndarray:
-    """`(height, width)` or `(height, width, 3 or 4)` of a PIL image in any mode; alpha is left for compositing."""
+    """`(height, width)` or `(height, width, 3)` of a PIL image in any mode, on white where it is transparent."""
     transparency = image.info.get("transparency")
     if image.mode.startswith("I") or image.mode == "F":
         array = np.array(image)
@@ -516,14 +418,26 @@ def _pil_to_rgb(image: PIL.Image.Image) -> np.ndarray:
         else:
             levels = _scale_16_bit(array)
         return levels if transparency is None else np.where(array == transparency, np.uint8(255), levels)
-    if image.mode in MODES_WITH_ALPHA or transparency is not None:
-        if image.mode == "La":  # Pillow knows only this way out of it
-            image = image.convert("LA")
-        return np.array(image.convert("RGBA"))
+    if image.has_transparency_data:
+        return _pil_on_white(image)
     if image.mode == "LAB":
         lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
         return np.array(PIL.ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _pil_on_white(image: PIL.Image.Image) -> np.ndarray:
+    """`(height, width, 3)` of a transparent picture, in strips, so that it takes no more room than an opaque one."""
+    width, height = image.size
+    array = np.empty((height, width, 3), dtype=np.uint8)
+    rows = max(1, PIXELS_PER_STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        if strip.mode == "La":  # Pillow knows only this way out of it
+            strip = strip.convert("LA")
+        strip = torch.from_numpy(np.array(strip.convert("RGBA"))).permute(2, 0, 1)
+        array[top : top + rows] = _to_three_channels(strip).permute(1, 2, 0).numpy()
+    return array
 
 
 def _to_three_channels(picture: torch.Tensor) -> torch.Tensor:
@@ -532,11 +446,13 @@ def _to_three_channels(picture: torch.Tensor) -> torch.Tensor:
         return picture.expand(3, -1, -1)
     if picture.shape[0] == 3:
         return picture
-    is_float = picture.is_floating_point()
-    white = 1.0 if is_float and picture.max() <= 1 else 255.0
-    color, alpha = picture[:3].to(torch.float32), picture[3:].to(torch.float32) / white
-    composite = (alpha * color + (1 - alpha) * white).clamp(0, white)
-    return composite if is_float else composite.to(torch.uint8)  # truncated, not rounded
+    white = 1.0 if picture.is_floating_point() and picture.max() <= 1 else 255.0
+    composite = torch.empty_like(picture[:3])
+    rows = max(1, PIXELS_PER_STRIP // picture.shape[2])
+    for part, strip in zip(picture.split(rows, dim=1), composite.split(rows, dim=1)):
+        color, alpha = part[:3].to(torch.float32), part[3:].to(torch.float32) / white
+        strip.copy_((alpha * color + (1 - alpha) * white).clamp(0, white))  # integers: truncated, not rounded
+    return composite
 
 
 def _to_levels(picture: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -559,9 +475,9 @@ def _normalize(view: torch.Tensor, prefix: str, mean, std) -> torch.Tensor:
     for name, values, neutral in ((f"{prefix}image_mean", mean, 0.0), (f"{prefix}image_std", std, 1.0)):
         values = torch.as_tensor(values, dtype=torch.float32).reshape(-1)
         num_channels = view.shape[0]
-        if prefix and num_channels > len(values) > 1:
+        if prefix and (len(values), num_channels) == (3, 4):
             # a fourth channel exists only under `do_convert_rgb=False`; without a value of its own it stays as it is
-            values = torch.nn.functional.pad(values, (0, num_channels - len(values)), value=neutral)
+            values = torch.nn.functional.pad(values, (0, 1), value=neutral)
         if len(values) not in (1, num_channels):
             raise ValueError(f"`{name}` must be one number or one per channel: {num_channels}, got {len(values)}")
         statistics.append(values.view(-1, 1, 1))
@@ -574,11 +490,6 @@ def _pad_and_stack(views: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(
         [torch.nn.functional.pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in views]
     )
-
-
-def _shorten(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 __all__ = ["AureaImageProcessor", "AureaImageProcessorKwargs", "AureaViewFrame"]

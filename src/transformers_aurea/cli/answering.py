@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging
 
 from .. import NEUTRAL_SAMPLING, embedded_model_path, published_sampling
-from ..image_processing_aurea import read_picture
+from ..pictures_aurea import read_picture
 
 
 MAX_NEW_TOKENS = 256  # where neither the user nor the model says how many
