@@ -30,6 +30,7 @@ CODE_FILES = {
     "image_processing_aurea.py",
     "language_model_aurea.py",
     "losses_aurea.py",
+    "model_card_aurea.py",
     "modeling_aurea.py",
     "modeling_outputs_aurea.py",
     "name_tables_aurea.py",
@@ -46,7 +47,7 @@ CODE_FILES = {
     "visual_context_aurea.py",
     "weaving_aurea.py",
 }
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
+MODEL_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 ALL_FILES = MODEL_FILES | PROCESSOR_FILES | CODE_FILES
 AUTO_MAP = {
@@ -505,7 +506,7 @@ class TestPushToHub:
         processing = {"processing_aurea.py", "image_processing_aurea.py"}
         assert uploads.keys() >= MODEL_FILES | CODE_FILES - processing
         golden_processor.push_to_hub("someone/aurea")
-        assert uploads.keys() - {"README.md"} == ALL_FILES
+        assert uploads.keys() == ALL_FILES
         config = json.loads(uploads["config.json"])
         assert config["auto_map"] == AUTO_MAP
         assert config["architectures"] == ["AureaForConditionalGeneration"]
