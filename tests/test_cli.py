@@ -554,6 +554,10 @@ class TestServe:
             main(["serve"])
         assert message(refused.value).endswith('pip install "transformers-aurea[serve]"') and not served
 
+    def test_what_the_oldest_release_wants_beside_is_of_the_extra_too(self):
+        missing = ModuleNotFoundError("No module named 'requests'", name="requests")
+        assert message(missing).endswith('pip install "transformers-aurea[serve]"')
+
     def test_a_processor_may_stand_for_its_tokenizer_where_answers_are_to_stop(self, picture):
         model = AureaForConditionalGeneration.from_pretrained(transformers_aurea.embedded_model_path())
         processor = AureaProcessor.from_pretrained(transformers_aurea.embedded_model_path())
