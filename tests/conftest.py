@@ -191,7 +191,6 @@ def pictures() -> dict[str, Image.Image]:
 def uploads(monkeypatch):
     """What would be uploaded, by path in the repository."""
     import huggingface_hub
-    from transformers.utils import hub
 
     files = {}
 
@@ -204,7 +203,16 @@ def uploads(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(
-        hub, "create_and_tag_model_card", lambda *_, **__: huggingface_hub.ModelCard("---\n---\n# Aurea\n")
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", lambda self, repo_id, filename, **_: filename in files)
+
+    load_from_disk = huggingface_hub.ModelCard.load
+
+    def load(source, **kwargs):
+        if Path(source).is_file():
+            return load_from_disk(source)
+        if "README.md" not in files:
+            raise huggingface_hub.errors.EntryNotFoundError(source)
+        return huggingface_hub.ModelCard(files["README.md"].decode())
+
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", staticmethod(load))
     return files

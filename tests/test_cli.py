@@ -19,6 +19,7 @@ from test_examples import run
 import transformers_aurea
 import transformers_aurea_command
 from transformers_aurea import (
+    AureaConfig,
     AureaForConditionalGeneration,
     AureaProcessor,
     DynamicTopKLogitsWarper,
@@ -375,6 +376,14 @@ class TestInfo:
         (tmp_path / "config.json").write_text((source / "config.json").read_text())
         assert self.info(capsys, str(tmp_path))["parameters"] == 2_023_804
 
+    def test_the_published_model_is_told_by_its_configuration(self, tmp_path, capsys):
+        AureaConfig().save_pretrained(tmp_path)
+        found = self.info(capsys, str(tmp_path), "--dtype", "bfloat16")
+        encoders = sum(found["parts"][name]["parameters"] for name in ("vision", "spatial_vision"))
+        assert (found["parameters"], encoders) == (7_562_713_952, 1_548_929_264)
+        in_float32 = encoders + 16  # the widths σ of as many layers
+        assert sum(part["bytes"] for part in found["parts"].values()) == 2 * found["parameters"] + 2 * in_float32
+
     def test_as_a_table(self, capsys):
         assert main(["info"]) == 0
         said = capsys.readouterr().out
@@ -544,6 +553,10 @@ class TestServe:
         with pytest.raises(ModuleNotFoundError) as refused:
             main(["serve"])
         assert message(refused.value).endswith('pip install "transformers-aurea[serve]"') and not served
+
+    def test_what_the_oldest_release_wants_beside_is_of_the_extra_too(self):
+        missing = ModuleNotFoundError("No module named 'requests'", name="requests")
+        assert message(missing).endswith('pip install "transformers-aurea[serve]"')
 
     def test_a_processor_may_stand_for_its_tokenizer_where_answers_are_to_stop(self, picture):
         model = AureaForConditionalGeneration.from_pretrained(transformers_aurea.embedded_model_path())

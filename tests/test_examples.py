@@ -136,7 +136,8 @@ def test_an_adapter_of_the_embedded_model_names_no_folder_of_this_machine(tmp_pa
     check(run("train.py", "--do_train", *as_arguments(options)))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "transformers_aurea.embedded_model_path()"
-    assert str(Path.home()) not in "".join(path.read_text() for path in (tmp_path / "adapter").glob("*.json"))
+    written = [path.read_text() for kind in ("*.json", "*.md") for path in (tmp_path / "adapter").glob(kind)]
+    assert embedded_model_path() not in "".join(written)
     model = AureaForConditionalGeneration.from_pretrained(embedded_model_path())
     peft = pytest.importorskip("peft")
     assert peft.PeftModel.from_pretrained(model, tmp_path / "adapter").peft_config

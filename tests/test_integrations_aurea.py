@@ -30,6 +30,7 @@ CODE_FILES = {
     "image_processing_aurea.py",
     "language_model_aurea.py",
     "losses_aurea.py",
+    "model_card_aurea.py",
     "modeling_aurea.py",
     "modeling_outputs_aurea.py",
     "name_tables_aurea.py",
@@ -49,7 +50,7 @@ CODE_FILES = {
     "weaving_aurea.py",
 }
 PROCESSING_CODE = {"processing_aurea.py", "image_processing_aurea.py", "pictures_aurea.py", "resizing_aurea.py"}
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors"}
+MODEL_FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 PROCESSOR_FILES = {"processor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
 ALL_FILES = MODEL_FILES | PROCESSOR_FILES | CODE_FILES
 AUTO_MAP = {
@@ -507,7 +508,7 @@ class TestPushToHub:
         golden_model.push_to_hub("someone/aurea")
         assert uploads.keys() >= MODEL_FILES | CODE_FILES - PROCESSING_CODE
         golden_processor.push_to_hub("someone/aurea")
-        assert uploads.keys() - {"README.md"} == ALL_FILES
+        assert uploads.keys() == ALL_FILES
         config = json.loads(uploads["config.json"])
         assert config["auto_map"] == AUTO_MAP
         assert config["architectures"] == ["AureaForConditionalGeneration"]

@@ -13,6 +13,7 @@ FILES = sorted(Path(transformers_aurea.__file__).parent.glob("*.py"))
 # Each may import those before it alone.
 ORDER = [
     *("spatial_range_attention", "name_tables", "versions", "weaving", "pictures", "resizing", "image_processing"),
+    "model_card",
     *("fusion", "losses", "hub_kernels", "visual_cache", "modeling_outputs"),
     *("fusion_promises", "own_fusion", "configuration", "visual_context"),
     *("auxiliary_losses", "connectors", "cross_attention", "vision_encoder", "composition", "decoding", "projector"),

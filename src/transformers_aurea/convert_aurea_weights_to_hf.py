@@ -31,6 +31,7 @@ from transformers import GenerationConfig, GPT2Tokenizer
 from transformers.dynamic_module_utils import custom_object_save
 
 from . import AureaConfig, AureaForConditionalGeneration, AureaImageProcessor, AureaProcessor
+from .model_card_aurea import FILE_NAME, model_card
 from .tokenization_aurea import build_tokenizer
 
 
@@ -355,10 +356,20 @@ def config_from_sizes(sizes: dict, image_token_id: int) -> AureaConfig:
     return config
 
 
+# What the published parts began as: encoders and language model.
+PUBLISHED = (
+    "google/siglip2-so400m-patch14-224",
+    "facebook/dinov2-with-registers-giant",
+    "microsoft/Phi-4-mini-instruct",
+)
+
+
 def build_config(folder: Path, sizes: dict | None, image_token_id: int) -> AureaConfig:
     """The configuration of a published folder: of the sizes given, or of the published ones."""
     if sizes is None:
         config = AureaConfig(image_token_id=image_token_id)
+        for part, name in zip((config.vision_config, config.spatial_vision_config, config.text_config), PUBLISHED):
+            part.name_or_path = name
     else:
         try:
             config = config_from_sizes(sizes, image_token_id)
@@ -424,42 +435,25 @@ def build_generation_config(folder: Path, image_token_id: int) -> GenerationConf
     )
 
 
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [aurea, vision-language, custom_code]
----
-
-# Aurea
-
-A vision-language model with two vision encoders (SigLIP2 and DINOv2) whose feature maps are fused by spatial-range
-attention and read by Phi-4-mini through cross-attention. Converted from the published checkpoint with
-`transformers-aurea`.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this one
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is in this picture?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-generated = model.generate(**inputs, max_new_tokens=50)
-print(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Parameters: {parameters:,}. Weights in {dtype}; encoders and Gaussian widths in float32. The weights are derived from
-Phi-4-mini (MIT), DINOv2 (Apache-2.0) and SigLIP2 (Apache-2.0).
-"""
+ABOUT = """A vision-language model with two vision encoders (SigLIP2 and DINOv2) whose feature maps are fused by
+spatial-range attention and read by Phi-4-mini through cross-attention. Converted from the published checkpoint with
+`transformers-aurea`: weights in {dtype}, encoders and Gaussian widths in float32. They are derived from Phi-4-mini
+(MIT), DINOv2 (Apache-2.0) and SigLIP2 (Apache-2.0)."""
 
 
 def convert(
-    folder: Path, output: Path, config_file: Path | None, dtype: torch.dtype | None, max_shard_size: str, verify: bool
+    folder: Path,
+    output: Path,
+    config_file: Path | None,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+    verify: bool,
+    origin: str,
 ):
-    """Write OUT whole or not at all: everything goes to a folder beside it that takes its name at the end."""
+    """Write OUT whole or not at all: everything goes to a folder beside it that takes its name at the end.
+
+    `origin` is the folder, or the hub id that it was had by, which the model card names.
+    """
     output = output.resolve()
     for name in OTHER_FILES:
         if not (folder / name).is_file():
@@ -474,16 +468,13 @@ def convert(
     companions = [build_generation_config(folder, config.image_token_id), build_processor(tokenizer, config, sizes)]
     published = PublishedCheckpoint(folder, config)
     dtype = dtype if dtype is not None else published.dtype()
-    config.dtype = dtype
+    config.dtype, config.name_or_path = dtype, origin
     config.architectures = ["AureaForConditionalGeneration"]
     tensors = target_tensors(config, dtype)
     with unfinished_folder(output, tensors) as unfinished:
         write_weights(lambda name: _cast(published, name, tensors[name]), tensors, unfinished, max_shard_size)
-        card = MODEL_CARD.format(
-            parameters=sum(tensor.numel() for tensor in tensors.values()),
-            dtype=str(config.dtype).removeprefix("torch."),
-        )
-        write_companions(config, companions, card, unfinished)
+        about = ABOUT.format(dtype=str(config.dtype).removeprefix("torch."))
+        write_companions(config, companions, unfinished, output.name, about)
         if verify:
             verify_in_new_process(folder, unfinished, __spec__.name)
 
@@ -547,15 +538,15 @@ def _cast(published: PublishedCheckpoint, name: str, target: torch.Tensor) -> to
     return cast
 
 
-def write_companions(config: AureaConfig, companions: list, card: str, output: Path):
+def write_companions(config: AureaConfig, companions: list, folder: Path, title: str, about: str):
     """Configuration, code and model card, and what saves itself: generation settings and processor."""
     with torch.device("meta"):
         model = AureaForConditionalGeneration(config)
-    custom_object_save(model, output, config=config)
-    config.save_pretrained(output)
+    custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
     for companion in companions:
-        companion.save_pretrained(output)
-    (output / "README.md").write_text(card)
+        companion.save_pretrained(folder)
+    model_card(model, title, about=about).save(folder / FILE_NAME)
 
 
 def verify_in_new_process(folder: Path, output: Path, converter: str):
@@ -596,13 +587,13 @@ def verify_folder(folder: Path, output: Path, dtype: torch.dtype | None):
 
 
 def resolve_input(input_dir: str, patterns: Iterable[str] = ("*.safetensors", INDEX_FILE, *OTHER_FILES)) -> Path:
-    """A local folder as it is, of a hub id what these patterns name."""
+    """A local folder as it is, of a hub id what these patterns name, and the model card."""
     if Path(input_dir).is_dir():
         return Path(input_dir)
     if Path(input_dir).exists():
         raise ConversionError(f"--input_dir {input_dir} is a file. Give the folder that holds the published files.")
     try:
-        return Path(snapshot_download(input_dir, allow_patterns=list(patterns)))
+        return Path(snapshot_download(input_dir, allow_patterns=[*patterns, FILE_NAME]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"--input_dir {input_dir} is neither a folder nor a hub id to be had: {error}"
@@ -641,7 +632,7 @@ def main(argv: list[str] | None = None) -> int:
     def run():
         folder = resolve_input(args.input_dir)
         if not is_to_be_verified(args):
-            convert(folder, args.output_dir, args.config, dtype, args.max_shard_size, args.verify)
+            convert(folder, args.output_dir, args.config, dtype, args.max_shard_size, args.verify, args.input_dir)
         else:
             verify_folder(folder, args.output_dir, dtype)
 

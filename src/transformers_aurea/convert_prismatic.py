@@ -109,26 +109,8 @@ POOLING = re.compile(r"vision_backbone\.(fused_)?featurizer\.attn_pool\.")
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [aurea, vision-language, custom_code]
----
-
-# {name}
-
-A Prismatic VLM, of type `{kind}`, as an Aurea: {encoders}, an MLP, visual tokens after the first token of the text. It
-has the original's weights. Converted with `transformers-aurea`.
-
-```python
-from transformers import AutoModelForImageTextToText
-
-folder = "."  # this one
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-```
-
-Parameters: {parameters:,}. The original's licence holds for them.
-"""
+ABOUT = """A Prismatic VLM, of type `{kind}`, as an Aurea: {encoders}, an MLP, visual tokens after the first token of
+the text. It has the original's weights, under the original's licence. Converted with `transformers-aurea`."""
 
 
 def prismatic_config(
@@ -436,8 +418,8 @@ def build_generation_config(folder: Path, config: AureaConfig) -> GenerationConf
     return GenerationConfig.from_model_config(config.text_config)
 
 
-def convert(folder: Path, output: Path, max_shard_size: str, verify: bool):
-    """Write OUT whole or not at all."""
+def convert(folder: Path, output: Path, max_shard_size: str, verify: bool, origin: str):
+    """Write OUT whole or not at all; `origin` is the folder or its hub id."""
     output = output.resolve()
     settings = load_settings(folder)
     tokenizer = build_tokenizer(folder, settings)
@@ -448,15 +430,14 @@ def convert(folder: Path, output: Path, max_shard_size: str, verify: bool):
     if "norm_stats" in settings:
         print(f"{folder}: its `norm_stats`, by which tokens become actions, are left out: no model reads them.")
     companions = [build_generation_config(folder, config), processor or tokenizer]
-    card = MODEL_CARD.format(
-        name=folder.resolve().name,
+    config.name_or_path = origin
+    about = ABOUT.format(
         kind=settings["model_type"],
         encoders=" and ".join(settings["timm_model_ids"]),
-        parameters=sum(tensor.numel() for tensor in source.tensors.values()),
     )
     with unfinished_folder(output, source.tensors) as unfinished:
         write_weights(source.read, source.tensors, unfinished, max_shard_size)
-        write_companions(config, [companion for companion in companions if companion is not None], card, unfinished)
+        write_companions(config, [one for one in companions if one is not None], unfinished, output.name, about)
         if verify:
             verify_in_new_process(folder, unfinished, __spec__.name)
 

@@ -89,27 +89,9 @@ PREFIXES = {
     "model.multi_modal_projector.linear.": "model.multi_modal_projector.linear_1.",
 }
 
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [aurea, vision-language, custom_code]
----
-
-# {name}
-
-A {kind} of transformers as an Aurea: one vision encoder, no fusion, visual tokens in the place of placeholders. It has
-the original's weights and gives the original's logits. Converted with `transformers-aurea`.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-folder = "."  # this one
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-```
-
-Parameters: {parameters:,}. The original's licence holds for them.
-"""
+ABOUT = """A {kind} of transformers as an Aurea: one vision encoder, no fusion, visual tokens in the place of
+placeholders. It has the original's weights, under the original's licence, and gives the original's logits. Converted
+with `transformers-aurea`."""
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -337,8 +319,8 @@ def load_processor(folder: Path) -> ProcessorMixin | None:
     return processor if isinstance(processor, (PaliGemmaProcessor, LlavaProcessor)) else None
 
 
-def convert(folder: Path, output: Path, max_shard_size: str, verify: bool):
-    """Write OUT whole or not at all."""
+def convert(folder: Path, output: Path, max_shard_size: str, verify: bool, origin: str):
+    """Write OUT whole or not at all; `origin` is the folder or its hub id."""
     output = output.resolve()
     original = build_original(folder)
     config = build_config(original)
@@ -346,14 +328,13 @@ def convert(folder: Path, output: Path, max_shard_size: str, verify: bool):
         aurea = AureaForConditionalGeneration(config)
     companions = [build_generation_config(folder, original), build_processor(folder, config)]
     source = SourceCheckpoint(folder, original, aurea)
-    card = MODEL_CARD.format(
-        name=folder.resolve().name,
+    config.name_or_path = origin
+    about = ABOUT.format(
         kind=type(original).__name__,
-        parameters=sum(tensor.numel() for tensor in source.tensors.values()),
     )
     with unfinished_folder(output, source.tensors) as unfinished:
         write_weights(source.read, source.tensors, unfinished, max_shard_size)
-        write_companions(config, [companion for companion in companions if companion is not None], card, unfinished)
+        write_companions(config, [one for one in companions if one is not None], unfinished, output.name, about)
         if verify:
             verify_in_new_process(folder, unfinished, __spec__.name)
 
@@ -461,7 +442,7 @@ def run_converter(
     argv: list[str] | None,
     description: str,
     kind: str,
-    convert: Callable[[Path, Path, str, bool], None],
+    convert: Callable[[Path, Path, str, bool, str], None],
     verify_folder: Callable[[Path, Path], None],
 ) -> int:
     """Converts a folder of some kind, or verifies one that was converted, as the arguments say; the status of the
@@ -482,7 +463,7 @@ def run_converter(
         if is_to_be_verified(args):
             verify_folder(folder, args.output_dir)
         else:
-            convert(folder, args.output_dir, args.max_shard_size, args.verify)
+            convert(folder, args.output_dir, args.max_shard_size, args.verify, args.input_dir)
 
     return exit_status(run)
 

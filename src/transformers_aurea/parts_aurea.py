@@ -34,6 +34,7 @@ from .configuration_aurea import AureaCompositionConfig, AureaConfig, AureaFusio
 from .cross_attention_aurea import BLOCK_NAMES, ZERO_LAYERS
 from .fusion_promises_aurea import make_fusion
 from .language_model_aurea import check_is_decoder, decoder_of, name_in_owner
+from .model_card_aurea import is_hub_id
 from .own_fusion_aurea import is_own_fusion
 from .vision_encoder_aurea import pooling_settings
 
@@ -96,8 +97,14 @@ def check_overrides(config_overrides: dict) -> None:
 
 
 def _config(part: Part, name: str) -> PreTrainedConfig:
-    if isinstance(part, PreTrainedModel):
-        return copy.deepcopy(part.config)
+    """A copy, which names where the part comes from if that is a hub: a folder is nobody else's."""
+    config = copy.deepcopy(part.config) if isinstance(part, PreTrainedModel) else _loaded_config(part, name)
+    if not is_hub_id(config.name_or_path):
+        config.name_or_path = ""
+    return config
+
+
+def _loaded_config(part: str | os.PathLike, name: str) -> PreTrainedConfig:
     if not isinstance(part, (str, os.PathLike)):
         raise TypeError(
             f"`{name}` must be a hub id, a folder or a model of transformers, got {type(part).__name__}. If it is "
@@ -115,7 +122,9 @@ def encoder_config(part: Part, name: str) -> PreTrainedConfig:
     Raises:
         OSError, TypeError, ValueError: it is none.
     """
-    config = _tower_config(_config(part, name))
+    whole = _config(part, name)
+    config = _tower_config(whole)
+    config.name_or_path = whole.name_or_path
     encoder_class = MODEL_MAPPING.get(type(config), None)
     if getattr(encoder_class, "main_input_name", None) != "pixel_values":
         raise ValueError(f"`{name}` is of type '{config.model_type}', which is not a vision encoder of transformers.")

@@ -1,15 +1,20 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """What both of Aurea's models are to transformers: how they load, are saved, quantised, sharded and initialised."""
 
+import os
+
 import torch
+from huggingface_hub import HfApi, ModelCard
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import CONFIG_NAME
 
 from .configuration_aurea import AureaConfig
 from .cross_attention_aurea import AureaCrossAttentionBlock
 from .hub_kernels_aurea import AureaHubKernelsMixin
+from .model_card_aurea import FILE_NAME, MODEL_TAGS, model_card, write_model_card
 from .vision_encoder_aurea import encoder_attention
 
 
@@ -70,6 +75,7 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
             self._keep_in_fp32_modules_strict += ["vision_model", "spatial_vision_model"]
             self._keep_in_fp32_modules += [r"(?:model\.)?(?:spatial_)?vision_model"]
         super().post_init()
+        self.add_model_tags(MODEL_TAGS)  # for the cards of others: those of adapters, and `Trainer`'s
         # accelerate's FSDP refuses names of layers that the model does not have, such as SigLIP's of its text half.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
@@ -90,7 +96,8 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
             attn_implementation = everything | encoders
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs):
+        """As transformers has it, and a model with a head leaves a model card beside it, unless there is one."""
         # Under the model's own names, not those that an older transformers had: by these alone `Trainer` resumes, and
         # would leave all other weights as they were.
         kwargs.setdefault("save_original_format", False)
@@ -99,9 +106,21 @@ class AureaPreTrainedModel(AureaHubKernelsMixin, PreTrainedModel):
         if isinstance(self, FSDP_CLASSES):
             self.__class__ = full_class.__mro__[2]
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             self.__class__ = full_class
+        has_config = os.path.isfile(os.path.join(save_directory, CONFIG_NAME))  # a folder of adapters alone has none
+        if has_config and self.can_generate() and self.should_save_on_this_rank(is_main_process):
+            write_model_card(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args, **kwargs):
+        """A repository that has a model card keeps it; to one that has none goes ours, not transformers' blank one."""
+        if self.can_generate() and not HfApi().file_exists(repo_id, FILE_NAME, token=kwargs.get("token")):
+            file = os.path.join(working_dir, FILE_NAME)
+            card = model_card(self, repo_id.rpartition("/")[2], repo_id)
+            card.data.tags = [*dict.fromkeys([*card.data.tags, *(ModelCard.load(file).data.tags or ())])]
+            card.save(file)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def initialize_weights(self):
         # The blocks first: they stand inside the language model, whose own rules would be applied to them (Gemma

@@ -225,8 +225,6 @@ def load_model(args: ModelArguments):
         quantization_config=quantization,
         distributed_config=DistributedConfig(tp_size=tp_size) if tp_size > 1 else None,
     )
-    if args.model_name_or_path is None:
-        model.name_or_path = EMBEDDED_MODEL
     return model, AureaProcessor.from_pretrained(folder)
 
 
@@ -243,6 +241,8 @@ def choose_parameters(model, tokenizer, args: ModelArguments, gradient_checkpoin
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if args.model_name_or_path is None:  # by which adapters name their base
+        model.name_or_path = model.config.name_or_path = EMBEDDED_MODEL
     if args.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
     config = LoraConfig(

@@ -11,6 +11,7 @@ All of it goes by seven groups of parameters, `PARAMETER_GROUPS`, which any Aure
 """
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_outputs import ModelOutput
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -186,6 +187,8 @@ def set_trainable(model: nn.Module, groups: str | Iterable[str]) -> TrainableRep
 def lora_targets(model: nn.Module, *presets: str) -> str:
     """A pattern for `LoraConfig(target_modules=...)` that hits the linear layers of these presets and no encoder.
 
+    Warns where the model comes from a folder, for adapters name their base by it.
+
     Args:
         model: an Aurea, before it is wrapped.
         presets: names of `LORA_TARGETS`: `"language_model"` (attention and MLP, fused or split projections),
@@ -206,6 +209,11 @@ def lora_targets(model: nn.Module, *presets: str) -> str:
                 "give the one inside; if its layers have names of their own, write `target_modules` yourself."
             )
         targets += found
+    if isinstance(model, PreTrainedModel) and os.path.isdir(model.name_or_path):
+        logger.warning_once(
+            f"Adapters will name their base by {model.name_or_path}, a folder of this machine, which nobody finds "
+            "elsewhere. Publish it, and set `model.name_or_path` to its hub id before it gets adapters; or merge them."
+        )
     # Layers of one kind are one pattern.
     return "|".join(sorted({re.sub(r"\d+", r"\\d+", re.escape(name)) for name in targets}))
 

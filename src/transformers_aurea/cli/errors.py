@@ -10,7 +10,7 @@ from itertools import pairwise
 EXTRAS = {
     "matplotlib": "visualization",
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
-    **dict.fromkeys(("fastapi", "openai", "pydantic", "uvicorn"), "serve"),
+    **dict.fromkeys(("fastapi", "openai", "pydantic", "requests", "uvicorn"), "serve"),
 }
 # Options that name a model's folder, or its id on a hub.
 MODEL_OPTIONS = ("--model", "--model_name_or_path", "--vision", "--spatial_vision", "--text")
