@@ -178,10 +178,13 @@ class TestAsk:
     def test_all_pictures_of_a_question_are_shown(self, folder, generated, capsys):
         main(["ask", f"{folder}/0.png", f"{folder}/1.png", "In which picture is the star?"])
         [call] = generated
-        pixels = AureaProcessor.from_pretrained(transformers_aurea.embedded_model_path())(
+        embedded = transformers_aurea.embedded_model_path()
+        pixels = AureaProcessor.from_pretrained(embedded)(
             images=[f"{folder}/0.png", f"{folder}/1.png"], return_tensors="pt"
         )["pixel_values"]
-        assert torch.equal(call["pixel_values"].cpu(), pixels)
+        features = AureaForConditionalGeneration.from_pretrained(embedded).get_image_features(pixels).pooler_output
+        torch.testing.assert_close(call["cross_attention_states"].cpu(), features.flatten(0, 1)[None])
+        assert call["num_images"].tolist() == [2]
 
     def test_a_folder_is_a_question_about_each(self, folder, generated, capsys):
         assert main(["ask", str(folder), "How many objects are there?", "--json", "--batch_size", "2"]) == 1

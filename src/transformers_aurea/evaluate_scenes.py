@@ -1,12 +1,10 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Ask a model about scenes it was not trained on, and once more about black pictures and about the wrong ones.
 
-    aurea evaluate [--model_name_or_path FOLDER] --scenes 1000
-
-Prints, for each kind of question: exact match of what `generate` answers greedily; the same with every picture black,
-and with that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions
-are scored by their objects too (F1). `--blind` adds what is left when one encoder sees the mean of all pictures in the
-place of each: the difference is what this encoder is worth to the model.
+For each kind of question: exact match of what `generate` answers greedily; the same with every picture black, and with
+that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions are scored
+by their objects too (F1). What is left when one encoder sees the mean of all pictures in the place of each says what
+this encoder is worth to the model. Each picture is encoded once, and once more where an encoder is blinded.
 """
 
 import argparse
@@ -14,6 +12,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -23,8 +22,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from . import embedded_model_path
+from .answering import AnsweringModel, answer_all, user_message
 from .attention_reading import blinded
-from .configuration_aurea import AureaView
 from .scenes import (
     IMAGE_SIZE,
     KINDS,
@@ -40,43 +39,6 @@ from .scenes import (
 BLACK = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 
 
-@torch.inference_mode()
-def answers(
-    model,
-    processor,
-    asked: list[tuple[Image.Image, str]],
-    batch_size: int,
-    blind: tuple[AureaView, torch.Tensor] | None = None,
-) -> list[str]:
-    """What the model says, in the order of the questions; questions of like length share a batch.
-
-    `blind`: an encoder's view, and the mean picture `(views, 3, height, width)` that it shows instead of each.
-    """
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index][1]))
-    found = [""] * len(asked)
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=None):  # on a terminal alone
-        batch = order[start : start + batch_size]
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture, question in (asked[index] for index in batch)
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        if blind is not None:
-            inputs["pixel_values"] = blinded(inputs["pixel_values"], *blind)
-        generated = model.generate(**inputs, do_sample=False, max_new_tokens=48)
-        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(batch, texts):
-            found[index] = text.strip()
-    return found
-
-
 def evaluate(
     model, processor, seeds, batch_size: int = 64, *, controls: bool = True, blind: bool = False, **scene_options
 ) -> dict[str, dict[str, float]]:
@@ -88,22 +50,24 @@ def evaluate(
     scenes = [make_scene(seed, **scene_options) for seed in seeds]
     questions = [(index, *question) for index, (_, asked) in enumerate(scenes) for question in asked]
     pictures = [picture for picture, _ in scenes]
-    views = {"exact_match": (pictures, None)}
+    views = {"exact_match": pictures}
     if controls:
-        views |= {
-            "black_picture": ([BLACK] * len(pictures), None),
-            "wrong_picture": (pictures[-1:] + pictures[:-1], None),
-        }
+        views |= {"black_picture": [BLACK] * len(pictures), "wrong_picture": pictures[-1:] + pictures[:-1]}
+
+    def ask(*views: list[Image.Image], desc: str, **settings) -> list[list[str]]:
+        """The answers to all questions, for each of these views."""
+        chats = [[user_message([shown[index]], asked)] for shown in views for index, _, asked, _ in questions]
+        answering = AnsweringModel(model, processor, do_sample=False, max_new_tokens=48, **settings)
+        found = [answer.text for answer in answer_all(answering, chats, batch_size, desc)]
+        return [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
+
+    said = ask(*views.values(), desc="scenes")
     if blind:
         mean = processor(images=pictures, return_tensors="pt")["pixel_values"].mean(dim=0)  # (views, 3, H, W)
         for name, view in model.config.views.items():
-            views[f"blind_{name.removesuffix('_config')}"] = (pictures, (view, mean))
-    said = [
-        answers(
-            model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, unseen
-        )
-        for shown, unseen in views.values()
-    ]
+            views[f"blind_{name.removesuffix('_config')}"] = pictures
+            unseen = partial(blinded, view=view, mean_picture=mean)
+            said += ask(pictures, desc=f"without {name}", change_pixels=unseen)
 
     new_words = {word for word, _ in (scene_options.get("recolor") or {}).values()}
     by_kind = defaultdict(list)
@@ -147,7 +111,7 @@ def training_pictures(args_file: Path) -> Iterator[Image.Image]:
     seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
     unasked = [(*stage[:2], {}, *stage[3:]) if len(stage) > 2 else stage for stage in args.curriculum]
     rows = SceneDataset(seeds, kinds=(), curriculum=unasked)
-    for index in tqdm(range(len(rows)), desc=f"pictures of {args_file.name}", unit_scale=True):
+    for index in tqdm(range(len(rows)), desc=f"pictures of {args_file.name}", unit="row", disable=None):
         yield from rows[index]["images"]
 
 
@@ -235,4 +199,4 @@ def main(argv: list[str] | None = None, prog: str | None = None):
         args.output.write_text(json.dumps(scores, indent=1) + "\n")
 
 
-__all__ = ["answers", "evaluate", "main", "training_pictures", "weights_digest"]
+__all__ = ["evaluate", "main", "training_pictures", "weights_digest"]
