@@ -487,7 +487,12 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--scenes", "0"], "aurea evaluate: error: --scenes must be at least 1, not 0"),
+            (["--scenes", "0"], "aurea evaluate: error: argument --scenes: must be an integer of at least 1, got '0'"),
+            (["--scenes", "1"], "--scenes 1 leaves no wrong picture to show: give at least 2, or --no_controls"),
+            (["--first_scene", "-1"], "must be an integer of at least 0, got '-1'"),
+            (["--max_objects", "6"], "max_objects must be an integer from 1 to 5, not 6"),
+            (["--recolor", "{"], "--recolor: { is no JSON"),
+            (["--train_args", "no.args"], "--train_args no.args does not exist"),
             (["--scenes", "2", "--nonsense"], "unrecognized arguments: --nonsense"),
             (["--output", "no/such/folder.json"], "there is no folder no/such"),
         ],

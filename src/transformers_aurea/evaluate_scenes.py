@@ -19,9 +19,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import embedded_model_path
 from .answering import AnsweringModel, answer_all, user_message
 from .attention_reading import blinded
 from .scenes import (
@@ -31,7 +29,6 @@ from .scenes import (
     describe_f1,
     make_scene,
     scene_digest,
-    test_seeds,
     train_seeds,
 )
 
@@ -106,7 +103,7 @@ def training_pictures(args_file: Path) -> Iterator[Image.Image]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--scenes", type=int, required=True)
     parser.add_argument("--first_scene", type=int, default=0)
-    parser.add_argument("--curriculum", type=as_json, default=[])
+    parser.add_argument("--curriculum", type=json.loads, default=[])
     args, _ = parser.parse_known_args(args_file.read_text().split())
     seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
     unasked = [(*stage[:2], {}, *stage[3:]) if len(stage) > 2 else stage for stage in args.curriculum]
@@ -115,68 +112,19 @@ def training_pictures(args_file: Path) -> Iterator[Image.Image]:
         yield from rows[index]["images"]
 
 
-def as_json(text: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
+COLUMNS = {
+    "exact_match": "exact",
+    "black_picture": "black",
+    "wrong_picture": "wrong picture",
+    "blind_vision": "blind vision",
+    "blind_spatial_vision": "blind spatial_vision",
+    "commonest_answer": "commonest answer",
+}
 
 
-def read_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
-    """The options, `scene_options` among them. Wrong ones end the process with status 2."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    parser.add_argument("--model_name_or_path", help="folder or hub id (default: the embedded model)")
-    parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
-    parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--train_args", type=Path, nargs="+", help="look for test pictures among those trained on with these files"
-    )
-    parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
-    parser.add_argument("--recolor", type=as_json, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
-    parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
-    parser.add_argument("--blind", action="store_true", help="also with each encoder blinded by the mean picture")
-    parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
-    args = parser.parse_args(argv)
-    for name in ("scenes", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.scenes == 1 and not args.no_controls:
-        parser.error("--scenes 1 leaves no wrong picture to show: give at least 2, or --no_controls")
-    if args.first_scene < 0:
-        parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
-    if missing := [str(file) for file in args.train_args or () if not file.is_file()]:
-        parser.error(f"--train_args {missing[0]} does not exist")
-    args.scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
-    try:
-        make_scene(0, **args.scene_options)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def main(argv: list[str] | None = None, prog: str | None = None):
-    """Evaluates as these arguments say, or those of the process; `prog` is what usage calls it."""
-    args = read_args(argv, prog)
-
-    folder = args.model_name_or_path or embedded_model_path()
-    model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(
-        model, processor, seeds, args.batch_size, controls=not args.no_controls, blind=args.blind, **args.scene_options
-    )
-    columns = {
-        "exact_match": "exact",
-        "black_picture": "black",
-        "wrong_picture": "wrong picture",
-        "blind_vision": "blind vision",
-        "blind_spatial_vision": "blind spatial_vision",
-        "commonest_answer": "commonest answer",
-    }
-    columns = {column: title for column, title in columns.items() if column in scores[KINDS[0]]}
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    """As a table by kind of question."""
+    columns = {column: title for column, title in COLUMNS.items() if column in scores[KINDS[0]]}
     print(f"{'kind':<12} {'questions':>9}  {'  '.join(columns.values())}")
     for kind, row in scores.items():
         cells = [f"{row[column]:{len(title)}.1%}" for column, title in columns.items() if column in row]
@@ -187,16 +135,19 @@ def main(argv: list[str] | None = None, prog: str | None = None):
         if f"{column}_f1" in scores["describe"]
     ]
     print(f"describe, F1 of the objects: {', '.join(f1)}")
-    if args.train_args:
-        pictures = chain.from_iterable(map(training_pictures, args.train_args))
-        counted = Counter(map(scene_digest, pictures))
-        digests = [scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) for seed in seeds]
-        equal, trained = sum(digest in counted for digest in digests), counted.total()
-        print(f"{equal} of {len(seeds)} test pictures equal one of {trained} training pictures")
-        scores["all"] |= {"equal_to_training_pictures": equal, "training_pictures": trained}
-    scores["all"] |= {"pictures": len(seeds), "weights": weights_digest(model)}
-    if args.output:
-        args.output.write_text(json.dumps(scores, indent=1) + "\n")
 
 
-__all__ = ["evaluate", "main", "training_pictures", "weights_digest"]
+def equal_to_training(seeds, args_files: list[Path], max_objects: int | None = None) -> dict[str, int]:
+    """How many pictures of scenes equal one of those trained on with these files, and how many those are."""
+    trained, found = 0, set()
+    digests = [scene_digest(make_scene(seed, kinds=(), max_objects=max_objects)[0]) for seed in seeds]
+    for picture in chain.from_iterable(map(training_pictures, args_files)):
+        trained += 1
+        found.add(scene_digest(picture))
+    return {
+        "equal_to_training_pictures": sum(digest in found for digest in digests),
+        "training_pictures": trained,
+    }
+
+
+__all__ = ["equal_to_training", "evaluate", "print_scores", "training_pictures", "weights_digest"]
