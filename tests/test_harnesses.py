@@ -102,3 +102,23 @@ class TestLmmsEval:
         requests = [SimpleNamespace(args=("", messages, {}, 3, "task", "test"))]
         with pytest.raises(ValueError, match="task: document 3 shows audio; this model sees pictures alone"):
             plugin.Chats(requests, {"task": {"test": [{}] * 4}})[0]
+
+
+class TestLmEval:
+    @pytest.mark.parametrize("trust_remote_code", [False, True])
+    def test_its_score_is_ours(self, trust_remote_code, expected, tmp_path):
+        pytest.importorskip("lm_eval")
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        folder = embedded_model_path(tmp_path) if trust_remote_code else embedded_model_path()
+        found = simple_evaluate(
+            model="hf-multimodal",
+            model_args={"pretrained": str(folder), "trust_remote_code": trust_remote_code, "dtype": "float32"},
+            tasks=["scenes"],
+            task_manager=TaskManager(include_path=str(TASKS / "lm_eval"), include_defaults=False),
+            device="cpu",
+            batch_size=16,
+            apply_chat_template=True,
+        )
+        assert found["results"]["scenes"]["exact_match,none"] == pytest.approx(expected)
