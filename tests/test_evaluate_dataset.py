@@ -105,7 +105,7 @@ class TestLayouts:
     def test_columns(self, folder, model, encoded):  # noqa: F811
         rows, columns = load_rows(str(folder / "columns.json"))
         questions = Questions(rows, columns, str(folder))
-        scores, answers = evaluate(model, questions, batch_size=4)
+        scores, answers = evaluate(model, questions, batch_size=1)
         assert scores == {"questions": 6, "exact_match": 1.0, "accuracy": 1.0, "rules": {"match": 6}}
         assert [one["answer"] for one in answers] == [row["answer"] for row in rows]
         assert sum(encoded) == 3
