@@ -181,10 +181,10 @@ class TestOrder:
     def test_conversations_about_a_picture_are_near_to_each_other(self):
         keys = [[index % 100] for index in range(1000)]
         when = {}
-        for number, batch in enumerate(batches(keys, [1] * 1000, 4)):
+        for number, batch in enumerate(batches(keys, [index // 100 for index in range(1000)], 4)):
             for index in batch:
                 when.setdefault(index % 100, []).append(number)
-        assert max(numbers[-1] - numbers[0] for numbers in when.values()) <= 8
+        assert max(numbers[-1] - numbers[0] for numbers in when.values()) < 16
 
     def test_pictures_are_the_same_by_path_by_bytes_or_by_pixels(self, tmp_path):
         picture = Image.new("RGB", (3, 4))
