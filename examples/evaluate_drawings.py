@@ -15,17 +15,16 @@ import json
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import torch
 from drawings import COLORS, FOREIGN, GROUNDS, KINDS, NOUNS, SHAPES, SIZES, ask, draw, foreign_picture
 from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
+from transformers_aurea.answering import Answer, AnsweringModel, answer_all, user_message
 from transformers_aurea.cli.errors import errors_in_one_line
 from transformers_aurea.evaluate_scenes import weights_digest
 
@@ -149,45 +148,24 @@ def conversation(case: Case, said: list[str]) -> list[dict]:
     """The messages up to the turn after the answers already given."""
     messages = []
     for (pictures, question), answer in zip(case.turns, [*said, None]):
-        content = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
-        messages.append({"role": "user", "content": content})
+        messages.append(user_message(pictures, question))
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
-@torch.inference_mode()
-def generate(model, processor, chats: list[list[dict]]) -> list[tuple[str, bool]]:
-    """What the model says next in each conversation, and whether it ended by itself."""
-    inputs = processor.apply_chat_template(
-        chats,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device)
-    generated = model.generate(**inputs, do_sample=False, max_new_tokens=48)[:, inputs["input_ids"].shape[1] :]
-    ends = torch.isin(generated, torch.tensor(model.generation_config.eos_token_id, device=generated.device))
-    texts = processor.batch_decode(generated, skip_special_tokens=True)
-    return [(text.strip(), ended) for text, ended in zip(texts, ends.any(dim=1).tolist())]
-
-
-def answers(model, processor, cases: list[Case], batch_size: int) -> list[tuple[str, bool]]:
-    """The last answer of each case, as `generate` gives it; alike in length and pictures they share a batch."""
-    found: list[list[tuple[str, bool]]] = [[] for _ in cases]
+def answers(model: AnsweringModel, cases: list[Case], batch_size: int) -> list[Answer]:
+    """The last answer of each case; alike in length and pictures they share a batch."""
+    for case in cases:
+        for turn in range(len(case.turns)):
+            model.expect(picture for pictures, _ in case.turns[: turn + 1] for picture in pictures)
+    found: list[list[Answer]] = [[] for _ in cases]
     for turn in range(max(len(case.turns) for case in cases)):
-        pictures = [sum(len(shown) for shown, _ in case.turns[: turn + 1]) for case in cases]
-        lengths = [sum(len(question) for _, question in case.turns[: turn + 1]) for case in cases]
         going = [index for index, case in enumerate(cases) if turn < len(case.turns)]
-        going.sort(key=lambda index: (pictures[index], lengths[index]))
-        for _, alike in groupby(going, key=pictures.__getitem__):
-            alike = list(alike)
-            for start in range(0, len(alike), batch_size):
-                batch = alike[start : start + batch_size]
-                chats = [conversation(cases[index], [text for text, _ in found[index]]) for index in batch]
-                for index, answer in zip(batch, generate(model, processor, chats)):
-                    found[index].append(answer)
+        chats = [conversation(cases[index], [answer.text for answer in found[index]]) for index in going]
+        said = answer_all(model, chats, batch_size, f"turn {turn + 1}", are_expected=True)
+        for index, answer in zip(going, said):
+            found[index].append(answer)
     return [turns[-1] for turns in found]
 
 
@@ -217,7 +195,7 @@ def is_right(case: Case, text: str, ended: bool) -> bool:
 # What is printed
 
 
-def scores_of(cases: list[Case], said: list[tuple[str, bool]]) -> dict[str, dict[str, dict[str, int]]]:
+def scores_of(cases: list[Case], said: list[Answer]) -> dict[str, dict[str, dict[str, int]]]:
     """By row and kind: how many were asked, how many answers were right, and how many short."""
     scores = defaultdict(lambda: defaultdict(lambda: {"asked": 0, "right": 0, "short": 0}))
     for case, (text, ended) in zip(cases, said):
@@ -247,7 +225,7 @@ def print_scores(plain: dict, rest: dict) -> None:
         print(f"{row:<36}{cells['all']['asked']:>8}{share(cells['all']):>10}{short:>10}")
 
 
-def write_sheet(file: Path, cases: list[Case], said: list[tuple[str, bool]], each: int) -> None:
+def write_sheet(file: Path, cases: list[Case], said: list[Answer], each: int) -> None:
     """The first `each` pictures of every row; below what was asked (ten of it), expected, and said instead."""
     tiles, rows = {}, defaultdict(set)
     for case, answer in zip(cases, said):
@@ -301,7 +279,7 @@ def evaluate(model, processor, n: int, seed: int = 0, batch_size: int = 64):
     """Scores of the drawings by sheet, size and kind ("all": of all sheets), those of the rest, cases, and answers."""
     drawn = list(plain_cases(n, seed))
     rest = [*conversation_cases(3 * n, seed), *two_picture_cases(3 * n, seed), *sensible_cases(n, seed)]
-    said = answers(model, processor, drawn + rest, batch_size)
+    said = answers(AnsweringModel(model, processor, do_sample=False, max_new_tokens=48), drawn + rest, batch_size)
     plain = scores_of(drawn, said[: len(drawn)])
     plain |= scores_of([case._replace(row="all") for case in drawn], said[: len(drawn)])
     return plain, scores_of(rest, said[len(drawn) :]), drawn + rest, said

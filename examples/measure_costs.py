@@ -16,10 +16,7 @@ estimator of HSIC, over test pictures: each picture is one point, all that a map
 import argparse
 import itertools
 import json
-import resource
 import statistics
-import sys
-import time
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from transformers_aurea import embedded_model_path
 from transformers_aurea.cli.errors import errors_in_one_line
+from transformers_aurea.cli.timing import peak_memory, question_about, times
 from transformers_aurea.data_aurea import AureaDataCollator
 from transformers_aurea.scenes import SceneDataset, make_scene, test_seeds, train_seeds
 
@@ -39,21 +37,9 @@ NEW_TOKENS = 32
 QUESTION = "Describe the image."
 
 
-def peak_memory() -> float:
-    """The most that this process ever held, in MiB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def seconds(function, *args, **kwargs) -> float:
+def seconds(function, *args) -> float:
     """Median of several runs after one that does not count."""
-    function(*args, **kwargs)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        function(*args, **kwargs)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times(function, *args, repeats=REPEATS))
 
 
 def flops(function, *args, **kwargs) -> int:
@@ -71,16 +57,14 @@ def training_memory(model, processor) -> float:
     model.train()(**batch).loss.backward()
     model.zero_grad()
     model.eval().requires_grad_(False)  # the counter of FLOPs stumbles over parameters that are given to modules
-    return peak_memory() - before
+    return (peak_memory() - before) / 2**20
 
 
 @torch.no_grad()
 def costs(model, processor) -> dict[str, float]:
     pictures = [make_scene(seed, kinds=())[0] for seed in test_seeds(BATCH_SIZE)]
     pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
-    text = processor.apply_chat_template(conversation, add_generation_prompt=True)
-    inputs = processor(images=pictures[:1], text=text, return_tensors="pt")
+    inputs = question_about(processor, pictures[0], QUESTION, 1)
 
     def generate(number: int):
         return model.generate(**inputs, do_sample=False, max_new_tokens=number, min_new_tokens=number)

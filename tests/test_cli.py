@@ -179,10 +179,13 @@ class TestAsk:
     def test_all_pictures_of_a_question_are_shown(self, folder, generated, capsys):
         main(["ask", f"{folder}/0.png", f"{folder}/1.png", "In which picture is the star?"])
         [call] = generated
-        pixels = AureaProcessor.from_pretrained(transformers_aurea.embedded_model_path())(
+        embedded = transformers_aurea.embedded_model_path()
+        pixels = AureaProcessor.from_pretrained(embedded)(
             images=[f"{folder}/0.png", f"{folder}/1.png"], return_tensors="pt"
         )["pixel_values"]
-        assert torch.equal(call["pixel_values"].cpu(), pixels)
+        features = AureaForConditionalGeneration.from_pretrained(embedded).get_image_features(pixels).pooler_output
+        torch.testing.assert_close(call["cross_attention_states"].cpu(), features.flatten(0, 1)[None])
+        assert call["num_images"].tolist() == [2]
 
     def test_a_folder_is_a_question_about_each(self, folder, generated, capsys):
         assert main(["ask", str(folder), "How many objects are there?", "--json", "--batch_size", "2"]) == 1
@@ -493,7 +496,12 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--scenes", "0"], "aurea evaluate: error: --scenes must be at least 1, not 0"),
+            (["--scenes", "0"], "aurea evaluate: error: argument --scenes: must be an integer of at least 1, got '0'"),
+            (["--scenes", "1"], "--scenes 1 leaves no wrong picture to show: give at least 2, or --no_controls"),
+            (["--first_scene", "-1"], "must be an integer of at least 0, got '-1'"),
+            (["--max_objects", "6"], "max_objects must be an integer from 1 to 5, not 6"),
+            (["--recolor", "{"], "--recolor: { is no JSON"),
+            (["--train_args", "no.args"], "--train_args no.args does not exist"),
             (["--scenes", "2", "--nonsense"], "unrecognized arguments: --nonsense"),
             (["--output", "no/such/folder.json"], "there is no folder no/such"),
         ],

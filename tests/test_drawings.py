@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 
+from transformers_aurea.answering import Answer, AnsweringModel, picture_key
 from transformers_aurea.scenes import COLORS, SHAPES, SIZES, make_scene
 
 
@@ -243,7 +244,7 @@ def test_second_questions_show_what_their_row_says():
     assert list(rows.values()) == [{(0,)}, {(1, True)}, {(1, False)}]
 
 
-def test_each_answer_goes_to_its_own_conversation(monkeypatch):
+def test_each_answer_goes_to_its_own_conversation():
     picture = Image.new("RGB", (9, 9))
     one, again, two = [picture], ([picture], "again?"), [picture, picture]
     turns = [
@@ -257,15 +258,22 @@ def test_each_answer_goes_to_its_own_conversation(monkeypatch):
     cases = [evaluation.Case("row", "kind", turn) for turn in turns]
     sizes = []
 
-    def echo(model, processor, chats):
-        sizes.append(len(chats))
-        return [(" ".join(part.get("text", "I") for m in chat for part in m["content"]), True) for chat in chats]
+    class Echo(AnsweringModel):
+        def __init__(self):
+            self._asked_later = Counter()
 
-    monkeypatch.setattr(evaluation, "generate", echo)
-    assert [text for text, _ in evaluation.answers(None, None, cases, batch_size=3)] == [
+        def __call__(self, chats):
+            sizes.append(len(chats))
+            return [
+                Answer(" ".join(part.get("text", "I") for m in chat for part in m["content"]), True) for chat in chats
+            ]
+
+    model = Echo()
+    assert [text for text, _ in evaluation.answers(model, cases, batch_size=3)] == [
         *("I a?", "I b? I b? c?", "d?", "I I e?", "I f? I f? I again?", "I g?"),
     ]
     assert sizes == [1, 3, 1, 1, 1, 1]
+    assert model._asked_later == {picture_key(picture): 9}  # so often it was to be shown, in all turns
 
 
 @pytest.mark.parametrize(

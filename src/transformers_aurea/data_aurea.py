@@ -108,7 +108,7 @@ def to_chat_rows(
 
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know them
     for name, feature in (dataset.features or {}).items():
-        if (encoded := _without_decoding(feature)) != feature:
+        if (encoded := without_decoding(feature)) != feature:
             dataset = dataset.cast_column(name, encoded)
     return dataset.map(
         to_chat_row,
@@ -239,7 +239,7 @@ def _locate(picture, folder: str | None):
 def _read_llava(files: list[str], stamps: list, image_folder: str | None) -> Iterator[dict]:
     for file in files:
         number = None
-        for number, record in enumerate(_read_records(file)):
+        for number, record in enumerate(read_records(file)):
             if not isinstance(record, dict):
                 raise ValueError(f"{file}: record {number} is no object, but {record!r:.100}")
             row = to_chat_row(record, f"{Path(file).name}:{number}", image_folder)
@@ -248,7 +248,7 @@ def _read_llava(files: list[str], stamps: list, image_folder: str | None) -> Ite
             raise ValueError(f"{file} holds no records")
 
 
-def _read_records(file: str) -> Iterator[Any]:
+def read_records(file: str) -> Iterator[Any]:
     with open(file, "rb") as stream:
         is_array = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         stream.seek(0)
@@ -275,18 +275,18 @@ def _row_features(image) -> "datasets.Features":
     return datasets.Features({"id": text, "messages": messages, "images": [image]})
 
 
-def _without_decoding(feature):
+def without_decoding(feature):
     """The feature with every `Image` in it, however deep, yielding what is stored."""
     import datasets
 
     if isinstance(feature, datasets.Image):
         return replace(feature, decode=False)
     if isinstance(feature, dict):
-        return {name: _without_decoding(inner) for name, inner in feature.items()}
+        return {name: without_decoding(inner) for name, inner in feature.items()}
     if isinstance(feature, list):
-        return [_without_decoding(inner) for inner in feature]
+        return [without_decoding(inner) for inner in feature]
     if isinstance(feature, (datasets.Sequence, datasets.LargeList)):
-        return replace(feature, feature=_without_decoding(feature.feature))
+        return replace(feature, feature=without_decoding(feature.feature))
     return feature
 
 

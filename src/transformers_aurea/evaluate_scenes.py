@@ -1,12 +1,10 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Ask a model about scenes it was not trained on, and once more about black pictures and about the wrong ones.
 
-    aurea evaluate [--model_name_or_path FOLDER] --scenes 1000
-
-Prints, for each kind of question: exact match of what `generate` answers greedily; the same with every picture black,
-and with that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions
-are scored by their objects too (F1). `--blind` adds what is left when one encoder sees the mean of all pictures in the
-place of each: the difference is what this encoder is worth to the model.
+For each kind of question: exact match of what `generate` answers greedily; the same with every picture black, and with
+that of the scene before; and the share of the commonest answer, which a good guesser reaches. Descriptions are scored
+by their objects too (F1). What is left when one encoder sees the mean of all pictures in the place of each says what
+this encoder is worth to the model. Each picture is encoded once, and once more where an encoder is blinded.
 """
 
 import argparse
@@ -14,17 +12,16 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from . import embedded_model_path
+from .answering import AnsweringModel, answer_all, user_message
 from .attention_reading import blinded
-from .configuration_aurea import AureaView
 from .scenes import (
     IMAGE_SIZE,
     KINDS,
@@ -32,49 +29,11 @@ from .scenes import (
     describe_f1,
     make_scene,
     scene_digest,
-    test_seeds,
     train_seeds,
 )
 
 
 BLACK = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
-
-
-@torch.inference_mode()
-def answers(
-    model,
-    processor,
-    asked: list[tuple[Image.Image, str]],
-    batch_size: int,
-    blind: tuple[AureaView, torch.Tensor] | None = None,
-) -> list[str]:
-    """What the model says, in the order of the questions; questions of like length share a batch.
-
-    `blind`: an encoder's view, and the mean picture `(views, 3, height, width)` that it shows instead of each.
-    """
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index][1]))
-    found = [""] * len(asked)
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=None):  # on a terminal alone
-        batch = order[start : start + batch_size]
-        conversations = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture, question in (asked[index] for index in batch)
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
-        if blind is not None:
-            inputs["pixel_values"] = blinded(inputs["pixel_values"], *blind)
-        generated = model.generate(**inputs, do_sample=False, max_new_tokens=48)
-        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(batch, texts):
-            found[index] = text.strip()
-    return found
 
 
 def evaluate(
@@ -88,22 +47,24 @@ def evaluate(
     scenes = [make_scene(seed, **scene_options) for seed in seeds]
     questions = [(index, *question) for index, (_, asked) in enumerate(scenes) for question in asked]
     pictures = [picture for picture, _ in scenes]
-    views = {"exact_match": (pictures, None)}
+    views = {"exact_match": pictures}
     if controls:
-        views |= {
-            "black_picture": ([BLACK] * len(pictures), None),
-            "wrong_picture": (pictures[-1:] + pictures[:-1], None),
-        }
+        views |= {"black_picture": [BLACK] * len(pictures), "wrong_picture": pictures[-1:] + pictures[:-1]}
+
+    def ask(*views: list[Image.Image], desc: str, **settings) -> list[list[str]]:
+        """The answers to all questions, for each of these views."""
+        chats = [[user_message([shown[index]], asked)] for shown in views for index, _, asked, _ in questions]
+        answering = AnsweringModel(model, processor, do_sample=False, max_new_tokens=48, **settings)
+        found = [answer.text for answer in answer_all(answering, chats, batch_size, desc)]
+        return [found[start : start + len(questions)] for start in range(0, len(found), len(questions))]
+
+    said = ask(*views.values(), desc="scenes")
     if blind:
         mean = processor(images=pictures, return_tensors="pt")["pixel_values"].mean(dim=0)  # (views, 3, H, W)
         for name, view in model.config.views.items():
-            views[f"blind_{name.removesuffix('_config')}"] = (pictures, (view, mean))
-    said = [
-        answers(
-            model, processor, [(shown[index], question) for index, _, question, _ in questions], batch_size, unseen
-        )
-        for shown, unseen in views.values()
-    ]
+            views[f"blind_{name.removesuffix('_config')}"] = pictures
+            unseen = partial(blinded, view=view, mean_picture=mean)
+            said += ask(pictures, desc=f"without {name}", change_pixels=unseen)
 
     new_words = {word for word, _ in (scene_options.get("recolor") or {}).values()}
     by_kind = defaultdict(list)
@@ -142,77 +103,28 @@ def training_pictures(args_file: Path) -> Iterator[Image.Image]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--scenes", type=int, required=True)
     parser.add_argument("--first_scene", type=int, default=0)
-    parser.add_argument("--curriculum", type=as_json, default=[])
+    parser.add_argument("--curriculum", type=json.loads, default=[])
     args, _ = parser.parse_known_args(args_file.read_text().split())
     seeds = train_seeds(args.first_scene + args.scenes)[args.first_scene :]
     unasked = [(*stage[:2], {}, *stage[3:]) if len(stage) > 2 else stage for stage in args.curriculum]
     rows = SceneDataset(seeds, kinds=(), curriculum=unasked)
-    for index in tqdm(range(len(rows)), desc=f"pictures of {args_file.name}", unit_scale=True):
+    for index in tqdm(range(len(rows)), desc=f"pictures of {args_file.name}", unit="row", disable=None):
         yield from rows[index]["images"]
 
 
-def as_json(text: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from error
+COLUMNS = {
+    "exact_match": "exact",
+    "black_picture": "black",
+    "wrong_picture": "wrong picture",
+    "blind_vision": "blind vision",
+    "blind_spatial_vision": "blind spatial_vision",
+    "commonest_answer": "commonest answer",
+}
 
 
-def read_args(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
-    """The options, `scene_options` among them. Wrong ones end the process with status 2."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
-    parser.add_argument("--model_name_or_path", help="folder or hub id (default: the embedded model)")
-    parser.add_argument("--scenes", type=int, default=1000, help="test pictures (default: 1000)")
-    parser.add_argument("--first_scene", type=int, default=0, help="skip so many test pictures")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument(
-        "--train_args", type=Path, nargs="+", help="look for test pictures among those trained on with these files"
-    )
-    parser.add_argument("--max_objects", type=int, help="scenes of at most so many objects (default: 5)")
-    parser.add_argument("--recolor", type=as_json, help='{"black": ["turquoise", [64, 224, 208]]}: a new color')
-    parser.add_argument("--no_controls", action="store_true", help="without black and wrong pictures")
-    parser.add_argument("--blind", action="store_true", help="also with each encoder blinded by the mean picture")
-    parser.add_argument("--output", type=Path, help="write the scores there, as JSON")
-    args = parser.parse_args(argv)
-    for name in ("scenes", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.scenes == 1 and not args.no_controls:
-        parser.error("--scenes 1 leaves no wrong picture to show: give at least 2, or --no_controls")
-    if args.first_scene < 0:
-        parser.error(f"--first_scene must be 0 or greater, not {args.first_scene}")
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
-    if missing := [str(file) for file in args.train_args or () if not file.is_file()]:
-        parser.error(f"--train_args {missing[0]} does not exist")
-    args.scene_options = {"recolor": args.recolor, "max_objects": args.max_objects}
-    try:
-        make_scene(0, **args.scene_options)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def main(argv: list[str] | None = None, prog: str | None = None):
-    """Evaluates as these arguments say, or those of the process; `prog` is what usage calls it."""
-    args = read_args(argv, prog)
-
-    folder = args.model_name_or_path or embedded_model_path()
-    model = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    seeds = test_seeds(args.first_scene + args.scenes)[args.first_scene :]
-    scores = evaluate(
-        model, processor, seeds, args.batch_size, controls=not args.no_controls, blind=args.blind, **args.scene_options
-    )
-    columns = {
-        "exact_match": "exact",
-        "black_picture": "black",
-        "wrong_picture": "wrong picture",
-        "blind_vision": "blind vision",
-        "blind_spatial_vision": "blind spatial_vision",
-        "commonest_answer": "commonest answer",
-    }
-    columns = {column: title for column, title in columns.items() if column in scores[KINDS[0]]}
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    """As a table by kind of question."""
+    columns = {column: title for column, title in COLUMNS.items() if column in scores[KINDS[0]]}
     print(f"{'kind':<12} {'questions':>9}  {'  '.join(columns.values())}")
     for kind, row in scores.items():
         cells = [f"{row[column]:{len(title)}.1%}" for column, title in columns.items() if column in row]
@@ -223,16 +135,19 @@ def main(argv: list[str] | None = None, prog: str | None = None):
         if f"{column}_f1" in scores["describe"]
     ]
     print(f"describe, F1 of the objects: {', '.join(f1)}")
-    if args.train_args:
-        pictures = chain.from_iterable(map(training_pictures, args.train_args))
-        counted = Counter(map(scene_digest, pictures))
-        digests = [scene_digest(make_scene(seed, kinds=(), max_objects=args.max_objects)[0]) for seed in seeds]
-        equal, trained = sum(digest in counted for digest in digests), counted.total()
-        print(f"{equal} of {len(seeds)} test pictures equal one of {trained} training pictures")
-        scores["all"] |= {"equal_to_training_pictures": equal, "training_pictures": trained}
-    scores["all"] |= {"pictures": len(seeds), "weights": weights_digest(model)}
-    if args.output:
-        args.output.write_text(json.dumps(scores, indent=1) + "\n")
 
 
-__all__ = ["answers", "evaluate", "main", "training_pictures", "weights_digest"]
+def equal_to_training(seeds, args_files: list[Path], max_objects: int | None = None) -> dict[str, int]:
+    """How many pictures of scenes equal one of those trained on with these files, and how many those are."""
+    trained, found = 0, set()
+    digests = [scene_digest(make_scene(seed, kinds=(), max_objects=max_objects)[0]) for seed in seeds]
+    for picture in chain.from_iterable(map(training_pictures, args_files)):
+        trained += 1
+        found.add(scene_digest(picture))
+    return {
+        "equal_to_training_pictures": sum(digest in found for digest in digests),
+        "training_pictures": trained,
+    }
+
+
+__all__ = ["equal_to_training", "evaluate", "print_scores", "training_pictures", "weights_digest"]

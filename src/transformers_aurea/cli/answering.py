@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging
 
 from .. import NEUTRAL_SAMPLING, embedded_model_path, published_sampling
+from ..answering import AnsweringModel, user_message
 from ..pictures_aurea import read_picture
 
 
@@ -82,13 +83,6 @@ def open_picture(name: str) -> Image.Image:
     return read_picture(data)
 
 
-def user_message(pictures: list[Image.Image], text: str) -> dict:
-    return {
-        "role": "user",
-        "content": [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": text}],
-    }
-
-
 class Printer(TextStreamer):
     """Prints an answer while it is made, without the white space around it."""
 
@@ -102,31 +96,21 @@ class Printer(TextStreamer):
         super().on_finalized_text(text, stream_end)
 
 
-class Answerer:
+class Answerer(AnsweringModel):
     """A model that answers as `add_generation_arguments` says."""
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, args: Namespace):
-        self.model, self.processor, self.args = model, processor, args
+        super().__init__(model, processor)
+        self.args = args
         self.num_beams = args.num_beams or model.generation_config.num_beams or 1
         if args.seed is not None:
             set_seed(args.seed)
 
     def __call__(self, conversations: list[list[dict]], stream: bool = False) -> list[str]:
         """One answer to each conversation; `stream`: to the only one, which is printed meanwhile."""
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(self.model.device)
-        length = inputs["input_ids"].shape[1]
         is_streamed = stream and self.num_beams == 1
         streamer = Printer(self.processor.tokenizer) if is_streamed else None
-        generated = self.model.generate(**inputs, streamer=streamer, **self.generation_arguments(length))
-        texts = self.processor.batch_decode(generated[:, length:], skip_special_tokens=True)
-        texts = [text.strip() for text in texts]
+        texts = [answer.text for answer in super().__call__(conversations, streamer=streamer)]
         if stream and not is_streamed:
             print(*texts, flush=True)
         return texts
@@ -148,3 +132,6 @@ class Answerer:
         if args.temperature == 0:
             return arguments | {"do_sample": False}
         return arguments | given | ({"do_sample": True} if given else {})
+
+
+__all__ = ["Answerer", "load", "load_config", "open_picture", "user_message"]

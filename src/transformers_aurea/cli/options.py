@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """Options that several sub-commands have, and what they are checked for before anything is loaded."""
 
+import json
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -47,6 +49,45 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: as they were saved)")
     group.add_argument("--use_kernels", action="store_true", help="compute the fusion with the compiled kernel")
     group.add_argument("--trust_remote_code", action="store_true", help="run the code that is in the model's folder")
+
+
+def add_named_model_arguments(parser: ArgumentParser) -> None:
+    """As `add_model_arguments`, where no other argument stands alone: the model may, and `name_model` knows it."""
+    parser.add_argument("named_model", nargs="?", metavar="MODEL", help="the same as --model MODEL")
+    add_model_arguments(parser)
+    parser.add_argument("--model_name_or_path", help="the same, as `aurea train` says it")
+
+
+def name_model(args: Namespace) -> None:
+    """Ends as wrong usage if the model was named twice."""
+    given = [name for name in (args.named_model, args.model, args.model_name_or_path) if name is not None]
+    if len(given) > 1:
+        args.parser.error(f"the model is named twice: {' and '.join(given)}")
+    args.model = given[0] if given else None
+
+
+def check_output(args: Namespace) -> None:
+    """Ends as wrong usage if `--output` cannot be written."""
+    if args.output is None:
+        return
+    if args.output.is_dir():
+        args.parser.error(f"--output {args.output} is a folder: name a file")
+    if not args.output.parent.is_dir():
+        args.parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
+
+
+def write_json(file: Path, found: dict) -> None:
+    """Writes a file whole or, where that fails, not at all."""
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if file.exists() and not file.is_file():  # a device, as /dev/stdout
+        file.write_text(text)
+        return
+    unfinished = file.with_name(f"{file.name}.unfinished-{os.getpid()}")
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def add_generation_arguments(parser: ArgumentParser) -> None:
