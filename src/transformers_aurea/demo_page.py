@@ -35,8 +35,9 @@ CSS = """
 .aurea-panels figcaption {font-size: 12px; line-height: 1.3; color: var(--body-text-color)}
 .aurea-panels figcaption span {color: var(--body-text-color-subdued); white-space: nowrap}
 .aurea-note {color: var(--body-text-color-subdued)}
+@media (max-width: 767px) {.aurea-seen {min-height: 80vh}}
 """
-# On a phone what changes is below what was touched.
+# On a phone what changes is below what was touched, and CSS leaves room to scroll there.
 SCROLL_TO = """() => {{
     if (matchMedia("(max-width: 767px)").matches)
         document.querySelector("{}").scrollIntoView({{behavior: "smooth"}});
@@ -60,13 +61,15 @@ class ModelColumn:
         return "", gr.Radio([], visible=False), HINT, None
 
     def ask(self, photo: Image.Image, question: str) -> Iterator[tuple]:
+        yield self.cleared()
         text = ""
         for text in self.model.answer(photo, question):
             yield text, gr.skip(), gr.skip(), gr.skip()
-        if not text:
-            yield "", gr.skip(), note_html("The model said nothing."), gr.skip()
+        try:
+            reading = self.model.read(photo, question, text)
+        except ValueError as error:  # of an answer without words, or a language model that gives no attention
+            yield text, gr.skip(), note_html(str(error)), gr.skip()
             return
-        reading = self.model.read(photo, question, text)
         choices = [("the whole answer", WHOLE_ANSWER), *((word, number) for number, word in enumerate(reading.words))]
         yield text, gr.Radio(choices, value=WHOLE_ANSWER, visible=True), word_html(reading), reading
 
