@@ -441,6 +441,8 @@ class TestBrowser:
         words.nth(1).click()
         of_word = self.changed(page, answered)
         assert pictures_in(of_word) == pictures_in(word_html(reading, 0))
+        other_column = "document.querySelectorAll('.aurea-seen')[1].innerText"
+        page.wait_for_function(f"!{other_column}.startsWith('Ask something')")  # it has answered too
         for x, y in ((0.03, 0.9), (0.6, 0.3)):
             before = self.seen(page)
             self.click(page, x, y)
