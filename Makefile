@@ -28,3 +28,4 @@ renew:
 	python examples/evaluate_scenes.py --scenes 1000 --train_args examples/embedded.args examples/embedded_open.args --output $(EMBEDDED)/scores.json
 	python examples/evaluate_drawings.py --output $(EMBEDDED)/drawings.json
 	python docs/renew.py
+	python docs/screenshots.py

@@ -28,8 +28,10 @@ from transformers_aurea.visualization import (
     draw_patch,
     draw_words,
     look,
+    patch_panels,
     read_attention,
     sweep,
+    word_panels,
 )
 
 
@@ -130,6 +132,41 @@ class TestLayersAndWords:
             [look_] = wide.of_patch(name, patch=(3, 3), view=view)
             assert is_tinted(axes, look_.weights, wide.grids[0][view])
             assert axes.get_title() == f"{name.removeprefix('fusion.')}, {view}"
+
+    def test_panels_of_a_patch_have_all_layers_before_and_after(self, wide):
+        height, width, _ = wide.pictures[0].shape
+        drawn, expected = iter(patch_panels(wide, patch=(3, 3))), 0
+        for view in ("vision", "spatial_vision"):
+            for name in wide.layers:
+                [look_] = wide.of_patch(name, patch=(3, 3), view=view)
+                for when, weights in (("before", look_.uncorrected), ("after", look_.weights)):
+                    title, highest, figure = next(drawn)
+                    assert title == f"{name.removeprefix('fusion.')}, {view}, {when} the correction"
+                    [axes] = figure.get_axes()
+                    assert is_tinted(axes, weights, look_.key_grid) and highest == weights.max().item()
+                    assert np.allclose(rectangle(axes), look_.query_grid.rectangle(3, 3))
+                    assert axes.get_xlim() == (0, width) and axes.get_ylim() == (height, 0)
+                    assert np.allclose(axes.get_position().extents, [0, 0, 1, 1]) and not axes.get_title()
+                    assert np.divide(*figure.get_size_inches()) == pytest.approx(width / height)
+                    expected += 1
+        assert next(drawn, None) is None and expected == 4 * len(wide.layers)
+
+    def test_panels_of_a_word_have_the_mean_and_each_layer_on_the_scale_of_all_words(self, wide):
+        num_layers = wide.word_attention["cross_attention"].shape[0]
+        for word in (None, 0, 2):
+            drawn = word_panels(wide, word)
+            assert len(drawn) == 1 + num_layers
+            for (title, highest, figure), layer in zip(drawn, (None, *range(num_layers))):
+                maps = wide.word_maps(layer)[:, 0]
+                shown = maps.mean(dim=0) if word is None else maps[word]
+                [axes] = figure.get_axes()
+                assert is_tinted(axes, shown, wide.word_grid(0))
+                assert highest == (shown if word is None else maps).max().item()
+                assert axes.images[1].get_clim() == (0, pytest.approx(highest))
+                name = f"mean of {num_layers} layers" if layer is None else f"layer {layer}"
+                assert title == f"cross_attention, {name}"
+        with pytest.raises(ValueError, match="There is no word 3: give a number from 0 to 2"):
+            word_panels(wide, 3)
 
     def test_words_in_a_row_on_one_scale(self, wide):
         figure = draw_words(wide, layer=1)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from .configuration_aurea import AureaConfig
-from .image_processing_aurea import ENCODED, read_picture
+from .pictures_aurea import ENCODED, read_picture
 from .visual_context_aurea import group_by_row
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,20 @@ class AttentionFigure(Figure):
         buffer = io.BytesIO()
         self.savefig(buffer, format="png")
         return buffer.getvalue()
+
+
+class Panel(NamedTuple):
+    """A picture tinted by weights, alone, for a page that lays panels out itself.
+
+    Args:
+        title: whose weights these are.
+        highest: the weight that is darkest.
+        figure: without title and scale, edge to edge.
+    """
+
+    title: str
+    highest: float
+    figure: AttentionFigure
 
 
 def draw_patch(
@@ -109,6 +124,44 @@ def draw_words(
     figure = _figure(reading.pictures[reading.image_number(image)], 1 + len(maps))
     _draw_words(figure, reading, maps, image)
     return figure
+
+
+def patch_panels(
+    reading: AttentionReading,
+    *,
+    at: tuple[float, float] | None = None,
+    patch: tuple[int, int] | None = None,
+    image: int = 0,
+    view: str | None = None,
+) -> list[Panel]:
+    """What a patch looks at in all layers, of spatial-range attention before and after the correction, one [`Panel`]
+    each on its own scale. Arguments and errors are those of [`AttentionReading.of_patch`]."""
+    picture = reading.pictures[reading.image_number(image)]
+    panels = []
+    for layer, look in _looks(reading, at=at, patch=patch, image=image, view=view):
+        for title, weights in _maps(look).items():
+            title = layer if look.uncorrected is None else f"{layer}, {title}"
+            panels.append(_panel(picture, look.key_grid, weights, title, weights.max().item()))
+            _draw_query(panels[-1].figure.axes[0], look)
+    return panels
+
+
+def word_panels(reading: AttentionReading, word: int | None = None, image: int = 0) -> list[Panel]:
+    """Where a word of the answer looked, or the mean of all words: one [`Panel`] for the mean of the layers, and one
+    for each layer. Words of the same layer are on one scale. ValueError: there is no such word, and what
+    [`AttentionReading.word_maps`] raises."""
+    if word is not None and not 0 <= word < len(reading.words):
+        raise ValueError(f"There is no word {word}: give a number from 0 to {len(reading.words) - 1}.")
+    picture = reading.pictures[reading.image_number(image)]
+    panels = []
+    for attention, weights in reading.word_attention.items() or [(None, ())]:  # which raises
+        for layer in (None, *range(len(weights))):
+            maps = reading.word_maps(layer, attention)[:, image]
+            shown = maps.mean(dim=0) if word is None else maps[word]
+            highest = (shown if word is None else maps).max().item()
+            title = f"{attention}, mean of {len(weights)} layers" if layer is None else f"{attention}, layer {layer}"
+            panels.append(_panel(picture, reading.word_grid(image), shown, title, highest))
+    return panels
 
 
 def draw_eyes(reading: AttentionReading) -> Figure:
@@ -324,6 +377,16 @@ def _figure(picture: np.ndarray, num_panels: int, columns: int = PANELS_IN_A_ROW
     return AttentionFigure(figsize=size, layout="constrained")
 
 
+def _panel(picture: np.ndarray, grid: PatchGrid, weights: torch.Tensor, title: str, highest: float) -> Panel:
+    height, width, _ = picture.shape
+    longer = max(height, width)
+    figure = AttentionFigure(figsize=[max(PANEL * side / longer, PANEL / 100) for side in (width, height)])
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    _draw_weights(axes, picture, grid, weights, "", highest, has_scale=False)
+    return Panel(title, highest, figure)
+
+
 def _panels(part: Figure | SubFigure, num_panels: int, columns: int = PANELS_IN_A_ROW) -> np.ndarray:
     """Empty axes, (rows, columns)."""
     rows = -(-num_panels // columns)
@@ -419,11 +482,14 @@ def _written(output: Path) -> Iterator[Path]:
 
 __all__ = [
     "AttentionReading",
+    "Panel",
     "draw_eyes",
     "draw_layers",
     "draw_patch",
     "draw_words",
     "look",
+    "patch_panels",
     "read_attention",
     "sweep",
+    "word_panels",
 ]

@@ -26,7 +26,7 @@ from importlib import import_module
 from .errors import errors_in_one_line
 
 
-COMMANDS = ("ask", "chat", "look", "info", "convert", "train", "evaluate", "bench", "serve")
+COMMANDS = ("ask", "chat", "look", "info", "convert", "train", "evaluate", "bench", "serve", "demo")
 
 
 def build_parser() -> ArgumentParser:

@@ -8,12 +8,13 @@ from itertools import pairwise
 
 # The extra of this package that installs what a command or an example imports.
 EXTRAS = {
+    "gradio": "demo",
     "matplotlib": "visualization",
     **dict.fromkeys(("datasets", "peft", "trl"), "train"),
     **dict.fromkeys(("fastapi", "openai", "pydantic", "requests", "uvicorn"), "serve"),
 }
 # Options that name a model's folder, or its id on a hub.
-MODEL_OPTIONS = ("--model", "--model_name_or_path", "--vision", "--spatial_vision", "--text")
+MODEL_OPTIONS = ("--model", "--compare", "--model_name_or_path", "--vision", "--spatial_vision", "--text")
 
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 and the signal's number, as shells have it
 
