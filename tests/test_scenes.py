@@ -410,6 +410,21 @@ def test_place_is_the_cell_of_the_named_object():
             assert len(named) == 1 and places == {answer}
 
 
+def test_description_downwards_names_the_objects_by_their_height():
+    asked_about = 0
+    for seed in range(60):
+        things = sorted(scene_objects(seed), key=lambda thing: thing.y)
+        gaps = [below.y - above.y for above, below in pairwise(things)]
+        questions = make_scene(seed, kinds=["describe_down"])[1]
+        assert bool(questions) == (min(gaps, default=8) >= 8)
+        for kind, question, answer in questions:
+            asked_about += len(things) > 1
+            assert kind == "describe_down" and question.endswith(" from top to bottom.")
+            names = ", ".join(f"a {thing.size} {thing.color} {thing.shape}" for thing in things)
+            assert answer.replace("an ", "a ") == names
+    assert asked_about >= 15
+
+
 def test_questions_by_kind_are_one_to_a_conversation():
     rows = scene_questions([3, 5])
     assert tuple(rows) == KINDS

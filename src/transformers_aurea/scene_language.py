@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise, permutations, product
+from operator import attrgetter
 from random import Random
 from typing import NamedTuple
 
@@ -16,14 +17,15 @@ from .scene_drawing import IMAGE_SIZE, SceneObject, pick
 from .scene_foreign_words import foreign_question
 
 
-# Pixels of 112 between two centers: at least ORDER_GAP sideways, so that "left to right" is an order; a relation is
-# asked about from RELATION_GAP on.
+# Pixels of 112 between two centers: "left to right" or "top to bottom" is an order if no gap is below ORDER_GAP; a
+# relation is asked about from RELATION_GAP on.
 ORDER_GAP = 8
 RELATION_GAP = 14
 
 KINDS = ("color", "shape", "size", "count", "existence", "left_right", "above_below", "describe")
-# Asked only where named, to train: it shows the way from a name to a place, which relations begin with.
-TRAINING_KINDS = ("locate", "missing", "foreign")
+# Asked only where named, to train: `locate` shows the way from a name to a place, which relations begin with, and
+# `describe_down` which is above which, as `describe` does for left and right.
+TRAINING_KINDS = ("locate", "missing", "foreign", "describe_down")
 SIZES = ("small", "medium", "large")
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -50,6 +52,7 @@ _QUESTIONS = {
     "below": ("Is the {} below the {}?",),
     "locate": ("Where is the {}?",),
     "describe": ("Describe the image.", "Describe the picture.", "What is in the image?"),
+    "describe_down": ("Describe the image from top to bottom.", "Describe the picture from top to bottom."),
 }
 
 # Every word and punctuation mark of the questions and answers of `KINDS`, as `\w+|[^\w\s]` splits them.
@@ -244,13 +247,15 @@ def _ask_place(dice: Random, objects: list[SceneObject], speech: Speech) -> tupl
     return pick(dice, speech.questions["locate"]).format(name), f"{column}, {row}"
 
 
-def _ask_description(dice: Random, objects: list[SceneObject], speech: Speech) -> tuple[str, str] | None:
-    """All objects from left to right; None if that is no order."""
-    from_left = sorted(objects, key=lambda scene_object: scene_object.x)
-    if any(right.x - left.x < ORDER_GAP for left, right in pairwise(from_left)):
+def _ask_description(
+    dice: Random, objects: list[SceneObject], speech: Speech, kind: str, axis: str
+) -> tuple[str, str] | None:
+    """All objects from left to right, or from top to bottom; None if that is no order."""
+    ordered = sorted(objects, key=attrgetter(axis))
+    if any(getattr(after, axis) - getattr(before, axis) < ORDER_GAP for before, after in pairwise(ordered)):
         return None
-    answer = ", ".join(with_article(_noun(o.size, o.color, o.shape)) for o in from_left) or EMPTY
-    return pick(dice, speech.questions["describe"]), answer
+    answer = ", ".join(with_article(_noun(o.size, o.color, o.shape)) for o in ordered) or EMPTY
+    return pick(dice, speech.questions[kind]), answer
 
 
 def _ask_of_missing(dice: Random, objects: list[SceneObject], speech: Speech) -> tuple[str, str]:
@@ -312,8 +317,9 @@ ASKERS: dict[str, Callable[[Random, list[SceneObject], Speech], tuple[str, str] 
     "existence": _ask_existence,
     "left_right": lambda *scene: _ask_relation(*scene, "x", ("left", "right")),
     "above_below": lambda *scene: _ask_relation(*scene, "y", ("above", "below")),
-    "describe": _ask_description,
+    "describe": lambda *scene: _ask_description(*scene, "describe", "x"),
     "locate": _ask_place,
     "missing": _ask_of_missing,
     "foreign": _ask_foreign,
+    "describe_down": lambda *scene: _ask_description(*scene, "describe_down", "y"),
 }

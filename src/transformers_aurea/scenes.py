@@ -59,9 +59,10 @@ MAX_OBJECTS_OF_TWO = 2
 _STREAMS = {
     name: index
     for index, name in enumerate(
-        ("textured", *KINDS, "order of turns", *TRAINING_KINDS, "open", "row", "conversation")
+        ("textured", *KINDS, "order of turns", "locate", "missing", "foreign", "open", "row", "conversation")
     )
 }
+_STREAMS["describe_down"] = _STREAMS["describe"]
 _NUM_STREAMS = 16
 
 
@@ -270,7 +271,9 @@ class _Scenes:
 
     def ask(self, dice: Random, scene: Scene, number: int) -> list[Turn]:
         """So many questions of different kinds."""
-        kinds = sorted((kind for kind in ASKERS if kind != "locate"), key=lambda _: dice.random())
+        kinds = sorted(
+            (kind for kind in ASKERS if kind not in ("locate", "describe_down")), key=lambda _: dice.random()
+        )
         asked = (ask(dice, scene.objects, kind, 1, self.speech) for kind in kinds)
         texts = [texts for found in asked for texts in found][:number]
         return [Turn(*(_rename(text, self.recolor) for text in pair)) for pair in texts]
