@@ -181,5 +181,7 @@ old
         monkeypatch.setattr(sys, "argv", ["renew.py", "--check", str(page)])
         Image.new("RGB", (60, 40), (253, 1, 0)).save(picture)
         assert renew.main() == 0
-        Image.new("RGB", (50, 40), (200, 1, 0)).save(picture)
+        stale = Image.new("RGB", (50, 40), "red")
+        stale.paste("blue", (10, 10, 13, 13))  # a patch in another place
+        stale.save(picture)
         assert renew.main() == 1 and "images/a.png is drawn otherwise" in capsys.readouterr().out
