@@ -22,10 +22,10 @@ bench:
 	python benchmarks/benchmark_spatial_range_attention.py --kernel hub_kernels/spatial-range-attention/build
 	python benchmarks/draw_chart.py
 
-# What README and docs print of the embedded model: measured, then written.
+# What README and docs print and draw: measured, then written.
 EMBEDDED = benchmarks/results/embedded_model
 renew:
 	python examples/evaluate_scenes.py --scenes 1000 --train_args examples/embedded.args examples/embedded_open.args --output $(EMBEDDED)/scores.json
 	python examples/evaluate_drawings.py --output $(EMBEDDED)/drawings.json
-	python docs/renew.py
+	python docs/renew.py --slow
 	python docs/screenshots.py

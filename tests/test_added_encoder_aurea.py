@@ -1,8 +1,6 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """A second encoder for models that have one: relatives as they come from the converter, and Aureas of one encoder."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -262,15 +260,3 @@ class TestProcessor:
         white = [float(pixels[0, view, 0, 10, 10]) for view in range(2)]
         assert (pixels[0, 0, 0] == white[0]).float().mean() > 0.9
         assert (pixels[0, 1, 0, :20, :20] == white[1]).float().mean() > 0.85
-
-
-def test_the_documentation_runs(tmp_path, monkeypatch):
-    """Its blocks about relatives one after the other, in an empty folder."""
-    text = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text()
-    text = text.split("## PaliGemma and LLaVA")[1].split("## Prismatic")[0]
-    blocks = [block.split("```")[0] for block in text.split("```python")[1:]]
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks:
-        exec(compile(block, "relatives.md", "exec"), names)
-    assert type(names["model"].model.fusion).__name__ == "AureaResidualFusion"

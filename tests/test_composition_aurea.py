@@ -4,7 +4,6 @@
 import itertools
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -411,12 +410,6 @@ def test_a_configuration_may_say_it_as_a_dictionary_or_not_at_all():
     config = AureaConfig(composition_config={"num_composition_layers": 8})
     assert config.composition_config.num_attention_heads == 8
     assert AureaConfig().composition_config is None
-
-
-def test_the_documentation_runs():
-    text = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text()
-    block = text.split("## Composition")[1].split("```python")[1].split("```")[0]
-    exec(compile(block, "relatives.md", "exec"), {})
 
 
 def test_it_can_be_put_onto_a_saved_model(tmp_path):

@@ -367,17 +367,6 @@ class TestReadyConfiguration:
         assert (*layers, config.projector_hidden_size, config.image_token_id) == (-1, -2, 64, 9)
 
 
-def test_the_documentation_runs():
-    text = (Path(__file__).parents[1] / "docs" / "relatives.md").read_text().split("## Prismatic")[1]
-    names = {}
-    for block in text.split("```python")[1:]:
-        exec(compile(block.split("```")[0], "relatives.md", "exec"), names)
-    assert names["config"].placeholders_per_image == 16 and names["config"].projector_hidden_size == 4 * (64 + 64)
-    # The first and last of the 256 places between -1 and 1, of values that are normalised and of one that is not.
-    action = names["to_action"]([5, 31999, 31745, 31999], {"q01": [2, 2, 0], "q99": [4, 4, 0], "mask": [1, 1, 0]})
-    np.testing.assert_allclose(action, [2 + 1 / 255, 4 - 1 / 255, -1 + 1 / 255])
-
-
 class TestProcessor:
     @pytest.mark.parametrize("legacy", [True, False])
     def test_tokens_are_the_originals_with_pictures_after_the_first(self, tmp_path, legacy):

@@ -34,7 +34,7 @@ def run_anew(script, *options, cwd=None):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def run(script, *options, cwd=None):
+def run(script, *options, cwd=None, seconds=300):
     """The same in a process that has its imports behind it, ten seconds sooner."""
     options = [str(option) for option in options]
     with tempfile.TemporaryDirectory() as folder:
@@ -42,10 +42,10 @@ def run(script, *options, cwd=None):
         arguments = (dict(os.environ), output, cwd or Path.cwd(), run_script, EXAMPLES / script, options)
         process = FORKS.Process(target=become, args=arguments)
         process.start()
-        process.join(300)
+        process.join(seconds)
         if process.is_alive():
             process.kill()
-            pytest.fail(f"{script} did not end in 300 s\n{output[1].read_text()}")
+            pytest.fail(f"{script} did not end in {seconds} s\n{output[1].read_text()}")
         return subprocess.CompletedProcess(options, process.exitcode, *(file.read_text() for file in output))
 
 

@@ -661,18 +661,3 @@ class TestLoading:
             assert type(model.model.fusion) is own.EightTokens
             logits = logits_of(model, load_file(folders["root"] / "inputs.safetensors"))
             torch.testing.assert_close(logits, folders["logits"]["saved"], atol=1e-5, rtol=0)
-
-
-def test_the_documented_fusion_runs_as_printed(tmp_path):
-    """`docs/fusions.md`: the file, and the lines that use it."""
-    text = (Path(__file__).resolve().parent.parent / "docs" / "fusions.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    [file] = [block for block in blocks if "register_fusion(" in block]
-    assert len([line for line in file.splitlines() if line.strip()]) <= 30
-    (tmp_path / "my_fusion.py").write_text(file)
-    for number, block in enumerate(block for block in blocks if block != file):
-        (tmp_path / f"block_{number}.py").write_text(block)
-        subprocess.run([sys.executable, f"block_{number}.py"], cwd=tmp_path, check=True)
-    config = json.loads((tmp_path / "model-of-rows" / "config.json").read_text())
-    assert config["auto_map"]["AureaFusion"] == "my_fusion.RowFusion"
-    assert "from .fusion_aurea import" in (tmp_path / "model-of-rows" / "my_fusion.py").read_text()

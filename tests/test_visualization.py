@@ -1,7 +1,6 @@
 # Copyright 2026 The transformers-aurea authors. Licensed under the Apache License, Version 2.0.
 """What is drawn, and where: weights and rectangles as they were read, in pixels of the original."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -351,15 +350,3 @@ import transformers_aurea.visualization
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-
-
-def test_the_documentation_runs(tmp_path, monkeypatch):
-    """The blocks of `docs/visualization.md` one after the other, in an empty folder."""
-    text = (Path(__file__).parents[1] / "docs" / "visualization.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, "visualization.md", "exec"), names)
-    files = {file.name for file in tmp_path.iterdir()}
-    assert files >= {"scene.png", "look.png", "patch.png", "words.png"}
-    assert names["seen"].answer == names["expected"]
