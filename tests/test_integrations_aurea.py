@@ -729,7 +729,7 @@ class TestFiles:
         golden_model.save_pretrained(tmp_path, max_shard_size="500KB")
         names = {path.name for path in tmp_path.iterdir()}
         assert "model.safetensors.index.json" in names
-        assert {Path(name).suffix for name in names} == {".json", ".py", ".safetensors"}
+        assert {Path(name).suffix for name in names} == {".json", ".md", ".py", ".safetensors"}
         loaded = load(tmp_path)
         for (name, left), (_, right) in zip(loaded.state_dict().items(), golden_model.state_dict().items()):
             assert torch.equal(left, right), name

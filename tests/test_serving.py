@@ -134,7 +134,7 @@ def stop(server: Server):
 @pytest.fixture(scope="module")
 def aurea(tmp_path_factory):
     folder = tmp_path_factory.mktemp("aurea")
-    environment = os.environ | {"HF_HOME": str(folder / "home")}
+    environment = os.environ | {"AUREA_PRIVATE_URLS": "1", "HF_HOME": str(folder / "home")}
     server = start([sys.executable, "-m", "transformers_aurea"], embedded_model_path(), folder, environment)
     yield server
     stop(server)
@@ -145,7 +145,11 @@ def transformers(tmp_path_factory):
     """Of a saved folder, where the package cannot be imported."""
     folder = tmp_path_factory.mktemp("transformers")
     script = WITHOUT_PACKAGE + "from transformers.cli.transformers import app\napp(sys.argv[1:])"
-    environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    environment = os.environ | {
+        "AUREA_PRIVATE_URLS": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
     model = embedded_model_path(folder / "saved")
     server = start([sys.executable, "-c", script], model, folder, environment, "--trust-remote-code")
     yield server

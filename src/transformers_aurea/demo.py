@@ -28,7 +28,8 @@ from PIL import Image
 from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from .attention_reading import AttentionReading, read_attention
-from .image_processing_aurea import AureaImageProcessor, read_picture
+from .image_processing_aurea import AureaImageProcessor
+from .pictures_aurea import read_picture
 from .pretrained_model_aurea import aurea_model
 from .processing_aurea import AureaProcessor
 from .scenes import make_scene, test_seeds

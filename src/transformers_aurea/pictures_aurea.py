@@ -28,7 +28,6 @@ import PIL.ImageOps
 
 DOWNLOAD_SECONDS = 60
 MAX_DOWNLOAD_BYTES = 2**28
-PRIVATE_URLS = "AUREA_PRIVATE_URLS"
 
 EncodedPicture = str | os.PathLike | bytes | bytearray | memoryview | io.IOBase | Mapping
 ENCODED = get_args(EncodedPicture)
@@ -146,10 +145,10 @@ def _connect(host: str, port: int, timeout: float) -> socket.socket:
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         number = ipaddress.ip_address(address[0].partition("%")[0])
         number = getattr(number, "ipv4_mapped", None) or number
-        if os.environ.get(PRIVATE_URLS) != "1" and (not number.is_global or number.is_multicast):
+        if os.environ.get("AUREA_PRIVATE_URLS") != "1" and (not number.is_global or number.is_multicast):
             raise ValueError(
-                f"{host} is at {number}, which is no public address: set {PRIVATE_URLS}=1 in the environment to have "
-                "pictures from your own network fetched"
+                f"{host} is at {number}, which is no public address: set AUREA_PRIVATE_URLS=1 in the environment to "
+                "have pictures from your own network fetched"
             )
         connection = socket.socket(family, kind, protocol)
         connection.settimeout(timeout)
