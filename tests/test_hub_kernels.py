@@ -305,14 +305,16 @@ class TestInPlace:
         torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
     def test_a_saved_folder_shows_no_trace_of_it(self, kernel, model, tmp_path):
-        model.save_pretrained(tmp_path / "without")
+        model.save_pretrained(tmp_path / "without" / "model")
         model.set_use_kernels(True)
-        model.save_pretrained(tmp_path / "with")
-        names = {path.name for path in (tmp_path / "with").iterdir()}
+        model.save_pretrained(tmp_path / "with" / "model")
+        names = {path.name for path in (tmp_path / "with" / "model").iterdir()}
         assert names >= CODE_FILES - PROCESSING_CODE | {"hub_kernels_aurea.py"}
-        assert names == {path.name for path in (tmp_path / "without").iterdir()}
+        assert names == {path.name for path in (tmp_path / "without" / "model").iterdir()}
         for name in names:
-            assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes(), name
+            assert (tmp_path / "with" / "model" / name).read_bytes() == (
+                tmp_path / "without" / "model" / name
+            ).read_bytes(), name
 
     def test_a_deep_copy_has_it_and_is_its_own(self, kernel, model):
         model.set_use_kernels(True)
