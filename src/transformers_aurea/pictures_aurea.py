@@ -94,14 +94,13 @@ def _download(url: str) -> bytes:
     """What lies at a URL. With a proxy for it in the environment, the proxy has the say which addresses are served."""
     parts = urlsplit(url)
     is_proxied = parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname or "")
-    connections = []
-    handlers = () if is_proxied else (_PublicHTTP(connections), _PublicHTTPS(connections))
+    public = _PublicAddresses()
     request = urllib.request.Request(url, headers={"User-Agent": "transformers-aurea"})
     data, deadline = bytearray(), time.monotonic() + DOWNLOAD_SECONDS
-    watch = Timer(DOWNLOAD_SECONDS, _hang_up, [connections])  # on who sends a byte now and then
+    watch = Timer(DOWNLOAD_SECONDS, _hang_up, [public.connections])  # on who sends a byte now and then
     watch.start()
     try:
-        opener = urllib.request.build_opener(_SameScheme, *handlers)
+        opener = urllib.request.build_opener(_SameScheme, *(() if is_proxied else (public,)))
         with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
             while chunk := response.read1(2**20):
                 data += chunk
@@ -181,19 +180,15 @@ class _PublicSecureConnection(_PublicConnection):
         self.connections.append(self.sock)
 
 
-class _PublicHTTP(urllib.request.HTTPHandler):
-    def __init__(self, connections: list[socket.socket]):
+class _PublicAddresses(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Connects as `_connect` does, and keeps the connections."""
+
+    def __init__(self):
         super().__init__()
-        self.connections = connections
+        self.connections = []
 
     def http_open(self, request):
         return self.do_open(_PublicConnection, request, connections=self.connections)
-
-
-class _PublicHTTPS(urllib.request.HTTPSHandler):
-    def __init__(self, connections: list[socket.socket]):
-        super().__init__()
-        self.connections = connections
 
     def https_open(self, request):
         return self.do_open(_PublicSecureConnection, request, connections=self.connections)
