@@ -191,6 +191,7 @@ class TestLayouts:
             ({"options": ["star"]}, "which are no choices"),
             ({"answer": "C"}, "column 'answer' holds 'C', which is none of the 2 choices"),
             ({"answer": 2}, "holds 2, which is none of the 2 choices"),
+            ({"answer": -1}, "holds -1, which is none of the 2 choices"),
             ({"answer": ["A", "B"]}, "which is none of the 2 choices"),
         ],
         ids=str,

@@ -186,7 +186,7 @@ class Questions(Sequence[list[dict]]):
         if not (choices := self._choices(row)):
             return references
         numbers = {
-            row[name] if type(row[name]) is int and row[name] < len(choices) else chosen(reference, choices)
+            row[name] if type(row[name]) is int and 0 <= row[name] < len(choices) else chosen(reference, choices)
             for reference in references
         }
         if None in numbers or len(numbers) > 1:
