@@ -537,7 +537,7 @@ def test_picture_from_a_url_is_turned_upright_and_laid_on_white(processor, pictu
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "[::ffff:10.1.1.1]"]
+    "host", ["127.0.0.1", "localhost", "[::1]", "169.254.169.254", "10.0.0.1", "224.0.0.1", "[::ffff:10.1.1.1]"]
 )
 def test_private_addresses_are_asked_only_where_that_is_allowed(processor, host, monkeypatch):
     """Those of the machine, its link and its network, whatever name they have."""

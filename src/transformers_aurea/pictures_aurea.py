@@ -143,7 +143,6 @@ def _connect(host: str, port: int, timeout: float) -> socket.socket:
     error = None
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         number = ipaddress.ip_address(address[0].partition("%")[0])
-        number = getattr(number, "ipv4_mapped", None) or number
         if os.environ.get("AUREA_PRIVATE_URLS") != "1" and (not number.is_global or number.is_multicast):
             raise ValueError(
                 f"{host} is at {number}, which is no public address: set AUREA_PRIVATE_URLS=1 in the environment to "
